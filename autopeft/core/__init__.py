@@ -1,0 +1,1 @@
+"""Values and contracts. Nothing here imports torch, timm, optuna or peft."""

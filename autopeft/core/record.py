@@ -1,0 +1,106 @@
+"""Everything a report needs to know about a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from autopeft.core.outcome import Outcome
+
+__all__ = ["Contender", "Record", "Trial"]
+
+Role = Literal["baseline", "default", "trial"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One configuration that was tried.
+
+    Attributes:
+        number: number of the trial in the study, from 0.
+        name: what a person calls it: `head only`, `uniform lora (attn)`, `default plan`, `trial 12`.
+        role: `baseline`, `default` (our plan without any search) or `trial`.
+        knobs: dotted path to value.
+        digest: digest of the allocation.
+        spent: cost in the budget's unit.
+        mix: method to trainable scalars.
+        outcome: what came of it.
+        rewards: one number per goal; present exactly when the outcome is done.
+        fidelity: sample-epochs seen.
+        plan: path of the plan, relative to the run folder.
+    """
+
+    number: int
+    name: str
+    role: Role
+    knobs: Mapping[str, Any]
+    digest: str
+    spent: int
+    mix: Mapping[str, int]
+    outcome: Outcome
+    rewards: tuple[float, ...] = ()
+    fidelity: int = 0
+    plan: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.outcome.status == "done") != bool(self.rewards):
+            raise ValueError(f"trial {self.number} is {self.outcome.status} and has {len(self.rewards)} rewards")
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One plan retrained at the end with several seeds.
+
+    Attributes:
+        name: as in its trial.
+        trial: number of the trial it came from.
+        role: `baseline`, `default` or `trial`.
+        spent: cost in the budget's unit.
+        outcomes: one per seed, on the split they were measured on.
+        gain: mean paired difference winner minus this one over the seeds, in the search metric; 0 for the winner.
+        interval: 95 % interval of that difference.
+    """
+
+    name: str
+    trial: int
+    role: Role
+    spent: int
+    outcomes: tuple[Outcome, ...]
+    gain: float = 0.0
+    interval: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One run from beginning to end.
+
+    Attributes:
+        run: path of the run folder, as it was given.
+        study: the resolved study, as plain data.
+        model: name, parameters, fingerprint and the like.
+        data: class names, sizes of the splits, hash.
+        budget: limit, unit, text and share.
+        trials: every trial, by number.
+        best: number of the winning trial, -1 when none is done.
+        contenders: the winner first, then the baselines it is compared with.
+        exports: format to path, relative to the run folder.
+        costs: sample-epochs spent on scoring, search and finish, and one full training for comparison.
+        environment: versions, device, threads.
+        seconds: wall time per stage.
+    """
+
+    run: str
+    study: Mapping[str, Any]
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    budget: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+    best: int
+    contenders: tuple[Contender, ...] = ()
+    exports: Mapping[str, str] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    SCHEMA: ClassVar[str] = "autopeft.record/1"

@@ -1,0 +1,86 @@
+"""Names to classes, without importing anything before it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from autopeft.errors import UnknownPlugin, UsageError
+
+__all__ = ["Registry"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The plug-ins of one room: a literal table of `"module:Class"` texts, other packages' entry points, and `add`.
+
+    Args:
+        noun: what a plug-in of this room is called, for messages: `method`, `scorer`.
+        group: entry-point group that other packages register under: `autopeft.methods`.
+        builtin: the room's own table.
+    """
+
+    def __init__(self, noun: str, group: str, builtin: Mapping[str, str]) -> None:
+        self.noun = noun
+        self.group = group
+        self._builtin = dict(builtin)
+        self._added: dict[str, type[T]] = {}
+
+    def _table(self) -> dict[str, str | type[T]]:
+        table: dict[str, str | type[T]] = dict(self._builtin)
+        for point in entry_points(group=self.group):
+            if table.get(point.name, point.value) != point.value:
+                raise UsageError(
+                    f"two packages call a {self.noun} {point.name!r}: {table[point.name]} and {point.value}; rename one"
+                )
+            table[point.name] = point.value
+        return {**table, **self._added}
+
+    def add(self, name: str, cls: type[T]) -> None:
+        """Register a class for this process, from a notebook or a test.
+
+        Raises:
+            UsageError: when the name is taken.
+        """
+        if name in self._table():
+            raise UsageError(f"a {self.noun} called {name!r} exists already")
+        self._added[name] = cls
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._table()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table()
+
+    def __getitem__(self, name: str) -> type[T]:
+        """The class behind a name, imported now.
+
+        Raises:
+            UnknownPlugin: with a guess at the name that was meant.
+        """
+        table = self._table()
+        if name not in table:
+            near = difflib.get_close_matches(name, table, n=1)
+            guess = f" Did you mean {near[0]!r}?" if near else ""
+            raise UnknownPlugin(f"no {self.noun} is called {name!r}.{guess} Known: {', '.join(sorted(table))}.")
+        target = table[name]
+        if not isinstance(target, str):
+            return target
+        module, _, attribute = target.partition(":")
+        loaded: type[T] = getattr(importlib.import_module(module), attribute)
+        return loaded
+
+    def name_of(self, cls: type) -> str:
+        """The name a class is registered under.
+
+        Raises:
+            UnknownPlugin: when it is not registered.
+        """
+        for name, target in self._table().items():
+            if target is cls or target == f"{cls.__module__}:{cls.__qualname__}":
+                return name
+        raise UnknownPlugin(f"{cls.__module__}:{cls.__qualname__} is not a registered {self.noun}")
