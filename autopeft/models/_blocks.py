@@ -1,0 +1,65 @@
+"""The residual blocks of a model: what depth is counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from autopeft.models._roles import Host, host_of
+from autopeft.models._trace import Trace
+
+__all__ = ["block_axis", "block_paths"]
+
+
+def block_paths(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[str, ...]:
+    """Dotted paths of the innermost composite members of `nn.Sequential` and `nn.ModuleList`, in model order.
+
+    In ViT these are `blocks.i`, in Swin and ConvNeXt the blocks inside the stages, in ResNet the members of `layer1`
+    to `layer4`, in EfficientNet the members of each stage of `blocks`. A member that is a list itself, or that holds
+    fewer than two weight matrices (one convolution with its norm), is no block.
+
+    Args:
+        model: the model.
+        exclude: paths whose inside is not looked at: the classifier.
+    """
+    modules = dict(model.named_modules())
+    found: list[str] = []
+    for name, module in modules.items():
+        parent = modules[name.rpartition(".")[0]]
+        if not name or not isinstance(parent, nn.Sequential | nn.ModuleList):
+            continue
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or host_of(module) is not None:
+            continue
+        if any(name == path or name.startswith(path + ".") for path in exclude):
+            continue
+        matrices = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in module.modules())
+        if matrices >= 2:
+            found.append(name)
+    return tuple(name for name in found if not any(other.startswith(name + ".") for other in found))
+
+
+def block_axis(model: nn.Module, path: str, trace: Trace) -> tuple[int, int] | None:
+    """Channels and channel axis of a block's output; None when it is not one tensor of known layout.
+
+    The channels are those of a host in the block; of sequences and vectors the last axis holds them. Maps are
+    channels first when axis 1 has that size and the block takes a convolution, channels last otherwise.
+    """
+    block = model.get_submodule(path)
+    hosts = [(m, host) for m in block.modules() if (host := host_of(m)) is not None]
+    sizes = [_channels(m, host) for m, host in hosts if host.kind != "tokens"]
+    has_map = any(host.axis == 1 for _, host in hosts)
+    if not trace.watched:
+        return (sizes[-1], 1 if has_map else -1) if sizes else None
+    shape = trace.outputs.get(path)
+    if shape is None or len(shape) < 2:
+        return None
+    if len(shape) <= 3:
+        return (shape[-1], -1) if shape[-1] in sizes else None
+    order = (1, -1) if has_map else (-1, 1)
+    return next(((shape[axis], axis) for axis in order if shape[axis] in sizes), None)
+
+
+def _channels(module: nn.Module, host: Host) -> int:
+    weight = getattr(module, host.parameter)
+    return int(weight.shape[0])
