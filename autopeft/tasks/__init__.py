@@ -1,0 +1,3 @@
+"""Data specifications to batches, losses and metrics."""
+
+BUILTIN = {"classification": "autopeft.tasks.classification:Classification"}
