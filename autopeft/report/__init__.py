@@ -1,0 +1,1 @@
+"""A record as a page: tables, markdown, figures, HTML and the dashboard."""
