@@ -101,7 +101,7 @@ class TrainSettings:
         betas: AdamW's decay rates of the first and second moment.
         eps: AdamW's epsilon.
         amp: precision of the forward pass.
-        threads: torch threads; chosen from the model's size and the machine's load when None.
+        threads: torch threads; when None the pipeline chooses once per run, from the model's size and the load.
 
     Raises:
         UsageError: naming the field and the value that is out of range.
