@@ -30,12 +30,14 @@ class Trace:
         outputs: shape of the output of the last call, where the output is one tensor.
         touched: identities of the parameters that some tensor operation took as an argument.
         watched: whether a forward pass ran at all; nothing is known when False.
+        reason: why none ran.
     """
 
     called: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
     watched: bool = False
+    reason: str = ""
 
     def calls(self, module: str) -> bool:
         """Whether a module's forward runs; taken for granted when nothing was watched."""
@@ -62,15 +64,16 @@ def trace(model: nn.Module, example: Tensor | None = None) -> Trace:
     if example is None:
         example = example_of(model)
         if example is None:
-            return Trace()
+            return Trace(reason="the model does not say which images it takes")
     real = first_parameter(model)
     device = real.device if real is not None else torch.device("cpu")
+    reason = ""
     for run in (_run_fake, _run_real):
         try:
             return _watch(model, lambda run=run: run(model, example, device))  # type: ignore[misc]
-        except Exception:  # noqa: BLE001  # third-party forward code may raise anything; the next way is tried
-            continue
-    return Trace()
+        except Exception as error:  # noqa: BLE001  # third-party forward code may raise anything; try the next way
+            reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+    return Trace(reason=reason)
 
 
 def first_parameter(model: nn.Module) -> Tensor | None:
@@ -95,10 +98,9 @@ def example_of(model: nn.Module) -> Tensor | None:
         size = (64, 64)
     if size is None:
         return None
+    channels = 3 if declared is None else int(declared[0])
     if convolution is not None:
         channels = convolution.in_channels
-    else:
-        channels = int(declared[0]) if declared is not None else 3
     return torch.zeros(1, channels, *(int(s) for s in size))
 
 

@@ -62,7 +62,8 @@ class _ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in and out."""
-        return x + self.conv2(self.act(self.bn1(self.conv1(x))))
+        branch: Tensor = self.conv2(self.act(self.bn1(self.conv1(x))))
+        return x + branch
 
 
 class _ConvNet(nn.Module):

@@ -33,7 +33,7 @@ MEAN, STD = 0.2860, 0.3530
 CLASSES = [
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 ]  # fmt: skip
-MAX_SHIFT = 2
+MAX_SHIFT = 1
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -128,6 +128,7 @@ def write(model: nn.Module, folder: Path, test_accuracy: float, args: argparse.N
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
     path = folder / f"{NAME}.safetensors"
     save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)
     config = {
         "architecture": ARCHITECTURE,
         "num_classes": len(CLASSES),
@@ -169,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the four idx files")
     parser.add_argument("--output", type=Path, default=Path("autopeft/models/weights"))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
