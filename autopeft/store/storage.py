@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from autopeft.errors import MissingDependency, StoreError, UsageError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["default_url", "masked_url", "open_storage"]
 
 _URL = re.compile(r"^(?P<dialect>[a-z0-9]+)(?:\+(?P<driver>[a-z0-9_]+))?://(?P<rest>.*)$", re.DOTALL)
-_CREDENTIALS = re.compile(r"^(?P<user>[^:@/]*):(?P<password>[^@]*)@")
+_CREDENTIALS = re.compile(r"^(?P<user>[^:@/]*):(?P<password>[^?]*)@")
 _SECRET_QUERY = re.compile(r"(?P<key>[?&](?:password|passwd|sslpassword)=)[^&]*")
 
 _ATTEMPTS = 5
@@ -37,11 +37,11 @@ def default_url(database: Path) -> str:
     Args:
         database: path of the file; it need not exist.
     """
-    path = str(database.absolute())
-    # Optuna formats the URL as a template, and SQLAlchemy ends the path at the first question mark.
-    if "?" in path or "#" in path:
-        path = f"file:{quote(path)}?uri=true"
-    return "sqlite:///" + path.replace("{", "{{").replace("}", "}}")
+    from sqlalchemy import URL
+
+    # SQLAlchemy 2.1 decodes %XX in a path and 2.0 does not: only its own writer knows what its reader does.
+    url = URL.create("sqlite", database=str(database.absolute())).render_as_string()
+    return url.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL as a template.
 
 
 def masked_url(url: str) -> str:
@@ -97,12 +97,12 @@ def _normalised(url: str) -> str:
 
 
 def _check_sqlite(url: str, create: bool) -> None:
-    path = url.split(":///", 1)[-1].replace("{{", "{").replace("}}", "}")
-    if path in ("", ":memory:"):
+    from sqlalchemy import make_url
+
+    path = make_url(url.replace("{{", "{").replace("}}", "}")).database or ":memory:"
+    if path == ":memory:" or path.startswith("file:"):
         return
-    if path.startswith("file:"):
-        path = unquote(path.removeprefix("file:").split("?", 1)[0])
-    file = Path(path.split("?", 1)[0] if not url.endswith("uri=true") else path)
+    file = Path(path)
     if not file.parent.is_dir():
         raise StoreError(f"the folder of the storage {file} does not exist")
     if not create and not file.is_file():
