@@ -1,0 +1,55 @@
+"""Which entries the sparse options of a plan train."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from autopeft.core.allocation import Allocation
+from autopeft.errors import UsageError
+
+if TYPE_CHECKING:
+    from autopeft.core.contracts import Method
+    from autopeft.core.menu import Option
+    from autopeft.core.scores import Scores
+
+__all__ = ["attach_indices"]
+
+
+def attach_indices(allocation: Allocation, methods: Mapping[str, Method], scores: Scores) -> Allocation:
+    """The same plan with `Option.indices` filled in for methods that train chosen entries.
+
+    Options that have their indices already, such as SPT's, keep them.
+
+    Args:
+        allocation: the plan.
+        methods: method key to method.
+        scores: the evidence that entries are chosen by.
+
+    Raises:
+        UsageError: for an option of an unknown method, or a sparse option at a site without evidence.
+    """
+    return Allocation(
+        tuple(_with_indices(option, methods, scores) for option in allocation.options),
+        allocation.budget,
+        allocation.provenance,
+    )
+
+
+def _with_indices(option: Option, methods: Mapping[str, Method], scores: Scores) -> Option:
+    if option.method not in methods:
+        raise UsageError(
+            f"the plan uses method {option.method!r} at {option.site}, which the study does not have; "
+            f"it has {', '.join(methods) or 'none'}"
+        )
+    method = methods[option.method]
+    if option.indices is not None or method.family != "entries":
+        return option
+    if option.site not in scores.evidence:
+        raise UsageError(
+            f"the scorer kept nothing for {option.site}, so the {option.size:,} entries of {option.key} cannot be "
+            "chosen; score this model first"
+        )
+    evidence = scores.evidence[option.site]
+    return dataclasses.replace(option, indices=method.select(evidence.site, evidence, option.size))
