@@ -1,0 +1,14 @@
+"""The kinds of trainable parts; one file each."""
+
+BUILTIN = {
+    "adapter": "autopeft.methods.bottleneck:BottleneckAdapter",
+    "bias": "autopeft.methods.bias:Bias",
+    "block_adapter": "autopeft.methods.block_adapter:BlockAdapter",
+    "core": "autopeft.methods.core:Core",
+    "lora": "autopeft.methods.lora:LoRA",
+    "norm": "autopeft.methods.norm:Norm",
+    "sparse": "autopeft.methods.sparse:Sparse",
+    "ssf": "autopeft.methods.ssf:SSF",
+    "tokens": "autopeft.methods.tokens:Tokens",
+    "vector": "autopeft.methods.vector:Vector",
+}

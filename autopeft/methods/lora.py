@@ -1,0 +1,94 @@
+"""LoRA: a low-rank change of a Linear or Conv2d weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from autopeft.core.budget import Cost
+from autopeft.core.menu import Indices, Option
+from autopeft.core.scores import Evidence
+from autopeft.core.site import Site, Slot
+from autopeft.errors import UsageError
+from autopeft.methods._host import is_plain, new_parameter
+from autopeft.methods._low_rank import LowRankAdapter
+from autopeft.methods._sizes import check_size, powers_of_two
+from autopeft.methods._spectrum import captured, squared_singular_values
+
+__all__ = ["LoRA"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoRA:
+    """`W + (alpha / r) B A` with A (r, in) and B (out, r) trained (Hu et al., 2021, arXiv 2106.09685, section 4.1).
+
+    B starts at zero, so the change is zero at step 0 and A has no gradient before the first step. The weight of a
+    convolution is flattened to (out, in / groups * kh * kw); with groups, every group shares the one A.
+
+    Attributes:
+        alpha: numerator of the scale `alpha / r`; None means `alpha = r`, a scale of 1 at every rank, so that one
+            learning rate serves all ranks of a mixed plan.
+    """
+
+    alpha: float | None = None
+
+    family: ClassVar[str] = "matrix"
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise UsageError(f"lora: alpha must be a positive number or null (scale 1), got {self.alpha!r}")
+
+    def slots(self, site: Site) -> tuple[Slot, ...]:
+        """`weight` of a Linear or Conv2d that is larger than its rank-1 factors."""
+        return ("weight",) if self.sizes(site) else ()
+
+    def sizes(self, site: Site) -> tuple[int, ...]:
+        """Powers of two whose factors have fewer entries than the weight itself."""
+        if not site.is_matrix or "weight" not in site.slots:
+            return ()
+        return powers_of_two((site.n_weight - 1) // (site.in_features + site.out_features))
+
+    def cost(self, site: Site, size: int) -> Cost:
+        """`r (in_features + out_features)`; changes every entry of the weight."""
+        r = check_size("lora", site, size, self.sizes(site))
+        return Cost.plain(r * (site.in_features + site.out_features), entries=site.n_weight, tensors=2)
+
+    def build(self, site: Site, option: Option, host: nn.Module, generator: torch.Generator) -> LoRAAdapter:
+        """A drawn from the Kaiming uniform distribution of a Linear layer, B zero."""
+        r = check_size("lora", site, option.size, self.sizes(site))
+        return LoRAAdapter(site, host, r, 1.0 if self.alpha is None else self.alpha / r, generator)
+
+    def gains(self, site: Site, evidence: Evidence, sizes: Sequence[int]) -> tuple[float, ...]:
+        """Sum of the r largest squared singular values of the signal: the most that any rank-r step can capture."""
+        return captured(squared_singular_values(evidence["weight"].signal.flatten(1)), sizes)
+
+    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
+        """None: no entries are chosen."""
+        return None
+
+
+class LoRAAdapter(LowRankAdapter):
+    """Factors `A` (r, in_features) and `B` (out_features, r), and a fixed scale."""
+
+    def __init__(self, site: Site, host: nn.Module, rank: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__(site, "branch" if is_plain(host) else "swap")
+        start = torch.empty(rank, site.in_features)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        self.A = new_parameter(host, start)
+        self.B = new_parameter(host, torch.zeros(site.out_features, rank))
+        self.scale = scale
+        self.keep_geometry(host)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.expand(self.contract(x, self.A), self.B if self.scale == 1.0 else self.scale * self.B)
+
+    def delta(self) -> dict[str, Tensor]:
+        return {"weight": (self.scale * (self.B @ self.A)).view(self.site.shape)}
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.A.detach().clone(), self.scale * self.B.detach()
