@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from autopeft.core.site import Site
 from autopeft.errors import UsageError
 from autopeft.methods.base import Adapter
 
-__all__ = ["HostForward", "merge_into"]
+__all__ = ["HostForward", "merge_into", "parameter_names"]
 
 
 class HostForward:
@@ -49,7 +50,7 @@ class HostForward:
         if self.branches:
             x = args[0] if args else next(iter(kwargs.values()))
             for adapter in self.branches:
-                y = _on_rows(adapter.site, y, lambda rows, a=adapter: rows + a.branch(x).to(rows.dtype))
+                y = _on_rows(adapter.site, y, partial(_add_branch, adapter, x))
         for adapter in self.outputs:
             y = _on_rows(adapter.site, y, adapter.transform)
         return y
@@ -106,6 +107,11 @@ def merge_into(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
         tensors[name] = (
             merged if rows is None else torch.slice_scatter(tensors[name], merged, dim=0, start=rows[0], end=rows[1])
         )
+
+
+def _add_branch(adapter: Adapter, x: Tensor, rows: Tensor) -> Tensor:
+    """The host's dtype decides: under autocast a branch must not widen what the next layer sees."""
+    return rows + adapter.branch(x).to(rows.dtype)
 
 
 def _on_rows(site: Site, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -145,12 +145,11 @@ class NativeInserted:
         for name, tensor in mine.items():
             if tensor.shape != state[name].shape:
                 raise UsageError(
-                    f"{name} has shape {tuple(state[name].shape)} in the saved state, {tuple(tensor.shape)} in the model"
+                    f"{name} has shape {tuple(state[name].shape)} in the saved state, "
+                    f"{tuple(tensor.shape)} in the model"
                 )
             if self._is_fixed(name) and not torch.equal(tensor.cpu(), state[name].to("cpu", tensor.dtype)):
-                raise UsageError(
-                    f"{name} of the saved state differs from the plan's; load it with the plan it came from"
-                )
+                raise UsageError(f"{name} of the saved state differs from the plan's; load it with its own plan")
         with torch.no_grad():
             for name, tensor in mine.items():
                 if not self._is_fixed(name):

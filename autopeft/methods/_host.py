@@ -11,7 +11,7 @@ from autopeft.errors import UsageError
 __all__ = ["host_tensor", "is_linear_in_weight", "is_plain", "new_parameter", "rows_of"]
 
 _LINEAR_IN_WEIGHT = frozenset({"timm.layers.conv2d_same.Conv2dSame"})
-"""Convolutions with a forward of their own that is still linear in weight and bias: the padding differs, nothing else."""
+"""Convolutions whose own forward is still linear in weight and bias: the padding differs, nothing else."""
 
 
 def is_plain(host: nn.Module) -> bool:
@@ -26,7 +26,7 @@ def is_plain(host: nn.Module) -> bool:
     if isinstance(host, nn.Linear):
         return kind.forward is nn.Linear.forward
     if isinstance(host, nn.Conv2d):
-        plain = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+        plain = kind.forward is nn.Conv2d.forward and getattr(kind, "_conv_forward", None) is nn.Conv2d._conv_forward
         return plain and host.padding_mode == "zeros"
     return False
 

@@ -19,7 +19,8 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     m = matrix.detach().to(device="cpu", dtype=torch.float64)
     if m.shape[0] < m.shape[1]:
         m = m.T
-    return torch.linalg.eigvalsh(m.T @ m).flip(0).clamp_min_(0.0)
+    values: Tensor = torch.linalg.eigvalsh(m.T @ m)
+    return values.flip(0).clamp_min(0.0)
 
 
 def captured(energies: Tensor, sizes: Sequence[int]) -> tuple[float, ...]:

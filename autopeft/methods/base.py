@@ -12,8 +12,8 @@ from autopeft.core.site import Site, Slot
 __all__ = ["Adapter", "Form"]
 
 Form = Literal["branch", "swap", "output"]
-"""How a backend runs an adapter: `branch` adds to the host's output, `swap` runs the host with changed tensors, `output`
-maps the host's output."""
+"""How a backend runs an adapter: `branch` adds to the host's output, `swap` runs the host with changed tensors,
+`output` maps the host's output."""
 
 
 class Adapter(nn.Module):
@@ -109,4 +109,5 @@ class Adapter(nn.Module):
         return None
 
     def extra_repr(self) -> str:
+        """Site, slots and form, for `print(model)`."""
         return f"{self.site.name}, {'+'.join(self.slots)}, {self.form}"
