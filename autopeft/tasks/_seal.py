@@ -56,6 +56,7 @@ class Seal:
         draft = self._marker.with_name(f".{MARKER}.{os.getpid()}.{secrets.token_hex(4)}")
         content = json.dumps({"schema": "autopeft.unsealed/1", "token": self._token, "pid": os.getpid()})
         try:
+            self._marker.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(content + "\n", encoding="utf-8")
             try:
                 # A hard link appears whole or not at all, and of two processes only one succeeds.
