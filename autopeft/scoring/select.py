@@ -149,13 +149,13 @@ def _keys(flat: Tensor) -> Tensor:
 
 def _histogram(flat: Tensor) -> Tensor:
     found = torch.zeros(_BINS, dtype=torch.int64)
-    for part in flat.split(_CHUNK):
+    for part in torch.split(flat, _CHUNK):
         found += torch.bincount(_keys(part), minlength=_BINS)
     return found
 
 
 def _members(flat: Tensor, bin_: int) -> Tensor:
-    return torch.cat([part[_keys(part) == bin_] for part in flat.split(_CHUNK)])
+    return torch.cat([part[_keys(part) == bin_] for part in torch.split(flat, _CHUNK)])
 
 
 def _largest(flat: Tensor, n: int) -> Tensor:

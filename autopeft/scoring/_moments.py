@@ -1,0 +1,61 @@
+"""Running sums of one tensor's gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autopeft.scoring._hosts import Known
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """Sums over the gradients of one tensor, in float32, or float64 for a tensor in float64.
+
+    Args:
+        shape: shape of the tensor.
+        like: a tensor with its type and device.
+        halves: whether the first moment is kept for each half of the pass.
+    """
+
+    def __init__(self, shape: torch.Size, like: Tensor, halves: bool) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.first = [torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(1 + halves)]
+        self.second = torch.zeros(shape, dtype=dtype, device=like.device)
+
+    def add(self, gradient: Tensor, weight: float, half: int) -> None:
+        """One gradient: `weight` times itself to the first moment, its square to the second."""
+        self.first[half].add_(gradient, alpha=weight)
+        if gradient.dtype != self.second.dtype:
+            gradient = gradient.to(self.second.dtype)
+        self.second.addcmul_(gradient, gradient)
+
+    def add_samples(self, gradients: Tensor, half: int) -> None:
+        """The gradients of several samples along axis 0, each of weight one."""
+        self.first[half].add_(gradients.sum(0))
+        self.add_squares(gradients)
+
+    def add_squares(self, gradients: Tensor) -> None:
+        """The squares of the gradients of several samples along axis 0."""
+        self.second.add_(gradients.to(self.second.dtype).square().sum(0))
+
+    def known(self, samples: tuple[int, int], units: int) -> Known:
+        """The means, on the CPU. The sums are spent.
+
+        Args:
+            samples: samples in each half of the pass.
+            units: gradients that were squared.
+        """
+        total = self.first[0] if len(self.first) == 1 else self.first[0] + self.first[1]
+        score = self.second.cpu()
+        halves = (
+            [half.div_(n).cpu() for half, n in zip(self.first, samples, strict=True)] if len(self.first) == 2 else []
+        )
+        return Known(
+            signal=total.div_(sum(samples)).cpu(),
+            score=score,
+            half_a=halves[0] if halves else None,
+            half_c=halves[1] if halves else None,
+            square=score / units,
+        )
