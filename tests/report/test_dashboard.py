@@ -5,6 +5,7 @@ import logging
 import threading
 import urllib.request
 
+import bottle
 import optuna
 import pytest
 
@@ -12,21 +13,30 @@ from autopeft.errors import StoreError, UsageError
 from autopeft.report import dashboard
 from autopeft.report.dashboard import application, publish, serve
 from autopeft.report.rows import allocation_rows
+from autopeft.store import storage
 from autopeft.store.paths import RunFolder
 from autopeft.store.storage import default_url, open_storage
 
 
 @pytest.fixture(autouse=True)
-def _silent():
+def opened(monkeypatch):
+    """Close every database that a test opens: an open one is a warning at the next garbage collection."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storages = []
+    monkeypatch.setattr(
+        storage, "open_storage", lambda *a, o=open_storage, **k: storages.append(o(*a, **k)) or storages[-1]
+    )
+    yield
+    for one in storages:
+        one.engine.dispose()
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(opened, tmp_path):
     folder = RunFolder(tmp_path / "run").create()
     folder.study.write_text("search: {trials: 2}\n")
-    storage = open_storage(default_url(folder.database))
-    study = optuna.create_study(storage=storage, study_name="demo", direction="maximize")
+    database = storage.open_storage(default_url(folder.database))
+    study = optuna.create_study(storage=database, study_name="demo", direction="maximize")
     study.enqueue_trial({"x": 0.5})
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
     return folder, study
@@ -34,23 +44,24 @@ def run(tmp_path):
 
 def get(app, path, **environ):
     status = []
-    body = b"".join(
-        app(
-            {
-                "REQUEST_METHOD": "GET",
-                "PATH_INFO": path,
-                "QUERY_STRING": "",
-                "SERVER_NAME": "127.0.0.1",
-                "SERVER_PORT": "8080",
-                "HTTP_HOST": "127.0.0.1:8080",
-                "wsgi.input": io.BytesIO(),
-                "wsgi.errors": io.StringIO(),
-                "wsgi.url_scheme": "http",
-                **environ,
-            },
-            lambda line, headers, exc_info=None: status.append(line),
-        )
-    )
+    environ = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": path,
+        "QUERY_STRING": "",
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PORT": "8080",
+        "HTTP_HOST": "127.0.0.1:8080",
+        "wsgi.input": io.BytesIO(),
+        "wsgi.errors": io.StringIO(),
+        "wsgi.url_scheme": "http",
+        **environ,
+    }
+    answer = app(environ, lambda line, headers, exc_info=None: status.append(line))
+    body = b"".join(answer)
+    # bottle keeps the last response of a thread, with the open file of an artifact in it.
+    for piece in (answer, getattr(bottle.response, "body", None)):
+        if hasattr(piece, "close"):
+            piece.close()
     return status[0], body
 
 
