@@ -1,0 +1,1 @@
+"""Pre-trained models: from a specification to a module, its sites and its dataflow."""

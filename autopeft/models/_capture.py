@@ -70,30 +70,30 @@ def capture_by_hooks(model: nn.Module, example: Tensor) -> list[Operation]:
     Coarser than torch.export (one step per call from Python), and blind to tensors that travel outside of torch, but
     it follows every model that runs.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tape = _Tape(names)
+    example = _near(model, example)
+    if not example.is_meta:
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                return _record(model, mode.from_tensor(example))
+        except Exception:  # noqa: BLE001  # code that depends on values cannot run on fake tensors; run it for real
+            pass
+    return _record(model, example)
+
+
+def _record(model: nn.Module, example: Tensor) -> list[Operation]:
+    tape = _Tape({id(parameter): name for name, parameter in model.named_parameters()})
     handles = []
     for path, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(tape.enter(path)))
         handles.append(module.register_forward_hook(tape.leave(), always_call=True))
-    example = _near(model, example)
+    tape.start(example)
     try:
-        with frozen_run(model):
-            if example.is_meta:
-                _run(model, example, tape)
-            else:
-                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                    _run(model, mode.from_tensor(example), tape)
+        with frozen_run(model), tape:
+            tape.finish(model(example))
     finally:
         for handle in handles:
             handle.remove()
     return tape.operations
-
-
-def _run(model: nn.Module, example: Tensor, tape: _Tape) -> None:
-    tape.start(example)
-    with tape:
-        tape.finish(model(example))
 
 
 def _near(model: nn.Module, example: Tensor) -> Tensor:
