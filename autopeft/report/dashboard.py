@@ -173,6 +173,7 @@ def _note(record: Record, rows: tuple[AllocationRow, ...], links: list[str]) -> 
 def _upload_report(study: optuna.Study, folder: RunFolder) -> str:
     """Store the page as an artifact, over the one of last time, and return the path of its link."""
     from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+    from optuna_dashboard.artifact import get_artifact_path
 
     folder.artifacts.mkdir(exist_ok=True)
     store = FileSystemArtifactStore(folder.artifacts)
@@ -183,7 +184,7 @@ def _upload_report(study: optuna.Study, folder: RunFolder) -> str:
     else:
         with folder.report_html.open("rb") as page:
             store.write(known, page)
-    return f"/artifacts/{study._study_id}/{known}"
+    return str(get_artifact_path(study, known))
 
 
 def _storage_of(folder: RunFolder) -> str | None:

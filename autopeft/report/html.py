@@ -33,7 +33,7 @@ class _Tile:
 
 def render_html(
     record: Record,
-    plan_options: Iterable[Mapping[str, Any]] = (),
+    plan: Iterable[Mapping[str, Any] | AllocationRow] = (),
     sites: Iterable[Site] = (),
     *,
     sensitivity: Mapping[str, float] | None = None,
@@ -43,7 +43,7 @@ def render_html(
 
     Args:
         record: the run.
-        plan_options: options of the winning plan, as `plan.json` lists them.
+        plan: options of the winning plan, as `plan.json` lists them, or its rows.
         sites: the catalogue; gives the plan's rows their role and depth.
         sensitivity: site name to score.
         predicted: number of a trial to the gain its plan was predicted to have.
@@ -51,7 +51,7 @@ def render_html(
     from jinja2 import Environment, StrictUndefined
 
     known = tuple(sites)
-    rows = allocation_rows(plan_options, known)
+    rows = allocation_rows(plan, known)
     shown = figures(record, rows, sensitivity=sensitivity, sites=known, predicted=predicted)
     source = files("autopeft.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)

@@ -24,15 +24,17 @@ from autopeft.report.verdict import verdict
 __all__ = ["render_markdown"]
 
 
-def render_markdown(record: Record, plan_options: Iterable[Mapping[str, Any]] = (), sites: Iterable[Site] = ()) -> str:
+def render_markdown(
+    record: Record, plan: Iterable[Mapping[str, Any] | AllocationRow] = (), sites: Iterable[Site] = ()
+) -> str:
     """The whole report; its first line is the verdict, also when that is "no gain".
 
     Args:
         record: the run.
-        plan_options: options of the winning plan, as `plan.json` lists them.
+        plan: options of the winning plan, as `plan.json` lists them, or its rows.
         sites: the catalogue; gives the plan's rows their role and depth.
     """
-    rows = allocation_rows(plan_options, sites)
+    rows = allocation_rows(plan, sites)
     parts = [f"**{verdict(record).headline}**", _facts(record, rows)]
     if record.contenders:
         parts += ["## Gain over the baselines", contender_table(record).markdown(), _how_compared(record)]

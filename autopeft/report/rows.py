@@ -42,13 +42,14 @@ class AllocationRow:
 
 
 def allocation_rows(
-    allocation: Allocation | Iterable[Mapping[str, Any]], sites: Iterable[Site] | Mapping[str, Site] = ()
+    allocation: Allocation | Iterable[Mapping[str, Any] | AllocationRow],
+    sites: Iterable[Site] | Mapping[str, Site] = (),
 ) -> tuple[AllocationRow, ...]:
     """The rows of a plan, in the order of the sites where they are known, else in the plan's own.
 
     Args:
         allocation: an allocation, or the options of a `plan.json`: objects with `site`, `slot`, `method`, `size`,
-            `cost` and `gain`.
+            `cost` and `gain`. Rows made before stay as they are.
         sites: the catalogue (or its sites), which gives every row its role and depth.
 
     Raises:
@@ -56,7 +57,7 @@ def allocation_rows(
     """
     listed = sites.values() if isinstance(sites, Mapping) else sites
     known = {site.name: (index, site) for index, site in enumerate(listed)}
-    rows = [_row(o if isinstance(o, Mapping) else _plain(o), known) for o in allocation]
+    rows = [o if isinstance(o, AllocationRow) else _row(_plain(o), known) for o in allocation]
     if known:
         rows.sort(key=lambda row: known[row.site][0] if row.site in known else len(known))
     return tuple(rows)
@@ -75,7 +76,9 @@ def spending(rows: Iterable[AllocationRow], by: Callable[[AllocationRow], str]) 
     return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _plain(option: Option) -> dict[str, Any]:
+def _plain(option: Option | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(option, Mapping):
+        return option
     return {
         "site": option.site,
         "slot": "+".join(dict.fromkeys(place.slot for place in option.places)),

@@ -21,8 +21,8 @@ __all__ = [
     "trial_table",
 ]
 
-FULL_TRAINING = ("full_training", "full", "one_full_training")
-"""What `Record.costs` may call the price of one full training."""
+_FULL = "full_training"
+"""What `Record.costs` calls the price of one full training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,8 @@ def spending_tables(rows: Iterable[AllocationRow]) -> tuple[Table, ...]:
 
 def cost_table(record: Record) -> Table:
     """What the run cost, in sample-epochs and in units of one full training, with the wall time per stage."""
-    full = next((record.costs[key] for key in FULL_TRAINING if key in record.costs), 0.0)
-    spent = {k: v for k, v in record.costs.items() if k not in FULL_TRAINING}
+    full = record.costs.get(_FULL, 0.0)
+    spent = {stage: value for stage, value in record.costs.items() if stage != _FULL}
     rows = [
         (stage, number(value), f"{value / full:.2f}" if full else "-", _seconds(record, stage))
         for stage, value in spent.items()
