@@ -66,9 +66,11 @@ def pack(
     Raises:
         UsageError: when the time is over before anything was found.
     """
-    from scipy import sparse
-    from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+    import scipy.optimize
+    import scipy.sparse
 
+    # Any, with and without scipy's stubs installed: they reject arrays that scipy accepts.
+    solvers: Any = scipy.optimize
     n = len(options)
     if n == 0:
         return MilpPacking((), 0.0, 0.0) if not covers else None
@@ -83,17 +85,17 @@ def pack(
     sizes = [n, *[len(m) for m, _ in rows], *[len(m) for m in covers]]
     value = np.concatenate([costs, np.ones(sum(sizes[1 : 1 + len(rows)])), -np.ones(sum(sizes[1 + len(rows) :]))])
     row = np.repeat(np.arange(len(sizes)), sizes)
-    matrix = sparse.csr_array((value.astype(np.float64), (row, column.astype(np.int64))), shape=(len(sizes), n))
+    matrix = scipy.sparse.csr_array((value.astype(np.float64), (row, column.astype(np.int64))), shape=(len(sizes), n))
     upper = np.array([float(limit), *[bound for _, bound in rows], *[-1.0] * len(covers)])
     scale = _SCALE / max(float(np.abs(gains).max()), 1e-300)
     settings = {"mip_rel_gap": gap, **({"time_limit": seconds} if math.isfinite(seconds) else {})}
     for _ in range(_ATTEMPTS):
         with quiet_stdout():
-            found = milp(
+            found = solvers.milp(
                 -gains * scale,
-                constraints=LinearConstraint(matrix, ub=upper),
+                constraints=solvers.LinearConstraint(matrix, ub=upper),
                 integrality=np.ones(n),
-                bounds=Bounds(0, 1),
+                bounds=solvers.Bounds(0, 1),
                 options=settings,
             )
         if found.status == 2:
@@ -113,7 +115,7 @@ def pack(
     gain = math.fsum(gains[chosen].tolist())
     bound = -float(found.mip_dual_bound) / scale
     with quiet_stdout():
-        linear = linprog(-gains * scale, A_ub=matrix, b_ub=upper, bounds=(0, 1), method="highs")
+        linear = solvers.linprog(-gains * scale, A_ub=matrix, b_ub=upper, bounds=(0, 1), method="highs")
     price = -float(linear.ineqlin.marginals[0]) / scale if linear.status == 0 else 0.0
     if found.status == 0 and upper[0] == limit and bound - gain <= 1e-9 * max(abs(bound), abs(gain)):
         bound = gain
