@@ -1,4 +1,7 @@
-"""Seeds derived from one seed, and random state that is put back."""
+"""Seeds derived from one seed, and random state that is put back.
+
+The outer loop derives seeds without loading torch, so it is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-
-import numpy as np
-import torch
 
 __all__ = ["derive_seed", "isolated_rng", "seed_all"]
 
@@ -35,6 +35,9 @@ def isolated_rng(seed: int) -> Iterator[None]:
     Args:
         seed: a seed in [0, 2^32).
     """
+    import numpy as np
+    import torch
+
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
@@ -48,6 +51,9 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 def seed_all(seed: int) -> None:
     """Seed the global generators, inside of `isolated_rng`."""
+    import numpy as np
+    import torch
+
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
