@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class ToyTask(LabelledTask):
 
     Every class has its own pattern of unit Gaussian noise; a sample is its class's pattern plus `noise` times fresh
     noise. Labels take turns, so every split holds every class. Nothing is augmented. The test split is sealed, for
-    the life of the object.
+    the life of the object or, with a folder, for good.
 
     Args:
         n_inner: samples of the inner split, at least one per class.
@@ -32,6 +33,7 @@ class ToyTask(LabelledTask):
         seed: of patterns and noise.
         batch_size: samples per batch.
         noise: standard deviation of the noise.
+        folder: where the seal of the test split is remembered.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ToyTask(LabelledTask):
         seed: int = 0,
         batch_size: int = 8,
         noise: float = 0.5,
+        folder: Path | None = None,
     ) -> None:
         counts: dict[Split, int] = {"inner": n_inner, "outer": n_outer, "test": n_test}
         for split, n in counts.items():
@@ -54,6 +57,7 @@ class ToyTask(LabelledTask):
             tuple(f"class{c}" for c in range(classes)),
             {split: [i % classes for i in range(n)] for split, n in counts.items()},
             batch_size,
+            folder=folder,
         )
         generator = torch.Generator().manual_seed(seed)
         shape = (channels, size, size)
