@@ -1,0 +1,34 @@
+"""One registry per room of plug-ins; reading this module imports no plug-in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from autopeft import allocation, backends, export, methods, rewards, scoring, tasks
+from autopeft.core.contracts import Allocator, Backend, Exporter, Method, Reward, Scorer, TaskSpec
+from autopeft.core.registry import Registry
+
+__all__ = ["ALLOCATORS", "BACKENDS", "EXPORTERS", "METHODS", "REWARDS", "ROOMS", "SCORERS", "TASKS"]
+
+METHODS: Registry[Method] = Registry("method", "autopeft.methods", methods.BUILTIN)
+SCORERS: Registry[Scorer] = Registry("scorer", "autopeft.scoring", scoring.BUILTIN)
+ALLOCATORS: Registry[Allocator] = Registry("allocator", "autopeft.allocation", allocation.BUILTIN)
+BACKENDS: Registry[Backend] = Registry("backend", "autopeft.backends", backends.BUILTIN)
+TASKS: Registry[TaskSpec] = Registry("task", "autopeft.tasks", tasks.BUILTIN)
+REWARDS: Registry[Reward] = Registry("reward", "autopeft.rewards", rewards.BUILTIN)
+EXPORTERS: Registry[Exporter] = Registry("export format", "autopeft.export", export.BUILTIN)
+
+ROOMS: Mapping[str, Registry[Any]] = MappingProxyType(
+    {
+        "methods": METHODS,
+        "scoring": SCORERS,
+        "allocation": ALLOCATORS,
+        "backends": BACKENDS,
+        "tasks": TASKS,
+        "rewards": REWARDS,
+        "export": EXPORTERS,
+    }
+)
+"""Room to registry."""

@@ -1,0 +1,222 @@
+"""Everything that decides a run, as one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
+from autopeft.allocation.gain import GainPolicy
+from autopeft.config._guess import known_names
+from autopeft.config.plugin import Plugin, PluginTable
+from autopeft.config.registries import METHODS, ROOMS
+from autopeft.core.budget import Budget
+from autopeft.core.contracts import Allocator, Backend, Method, Reward, Scorer, TaskSpec
+from autopeft.core.site import Fused
+from autopeft.errors import UnknownKey, UsageError
+from autopeft.models.spec import ModelSpec
+from autopeft.training.settings import TrainSettings
+
+__all__ = ["DEFAULT_METHODS", "DataSettings", "SearchSettings", "Study"]
+
+DEFAULT_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "lora": {"type": "lora"},
+        "core": {"type": "core"},
+        "sparse": {"type": "sparse", "slot": "weight"},
+        "sparse_bias": {"type": "sparse", "slot": "bias"},
+        "bias": {"type": "bias"},
+        "vector": {"type": "vector"},
+        "norm": {"type": "norm"},
+        "ssf": {"type": "ssf"},
+        "adapter": {"type": "adapter"},
+        "block_adapter": {"type": "block_adapter"},
+        "tokens": {"type": "tokens"},
+    }
+)
+"""The methods of a study that names none, and what each name stands for."""
+
+_LIMITLESS = 10**15
+"""Base parameters that no share of a sensible size rounds to nothing of: checks a budget's spelling without a model."""
+
+
+def _whole(name: str, value: int | None, low: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+        raise UsageError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+
+def _fraction(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value < 1:
+        raise UsageError(f"{name} must be at least 0 and below 1, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """Which data, and how it is cut and read.
+
+    Attributes:
+        spec: a folder, `torch/NAME`, `hfds/OWNER/NAME`, `csv:FILE` or `digits`.
+        batch_size: samples per batch.
+        val_frac: share of what there is that becomes the outer split; the task's own rule when None.
+        test_frac: share that becomes the test split; the task's own rule when None.
+        max_inner: at most this many samples stay in the inner split.
+        max_samples: at most this many samples of the source are used.
+        workers: threads that decode images; 0 chooses.
+        download: whether absent data may be fetched.
+
+    Raises:
+        UsageError: naming the field and the value that is out of range.
+    """
+
+    spec: str = "digits"
+    batch_size: int = 64
+    val_frac: float | None = None
+    test_frac: float | None = None
+    max_inner: int | None = None
+    max_samples: int | None = None
+    workers: int = 0
+    download: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.spec.strip():
+            raise UsageError("data.spec is empty; give a folder of images, or digits")
+        _whole("data.batch_size", self.batch_size, 1)
+        _whole("data.max_inner", self.max_inner, 1)
+        _whole("data.max_samples", self.max_samples, 1)
+        _whole("data.workers", self.workers, 0)
+        _fraction("data.val_frac", self.val_frac)
+        _fraction("data.test_frac", self.test_frac)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """How long to search, in what, and how sure to be of the result.
+
+    Attributes:
+        trials: trials in all, baselines not counted.
+        time_limit: seconds for the whole run, None for no limit.
+        space: name of a search space, or path of its file.
+        seeds: trainings per finalist at the end.
+        tries: learning rates per contender; every contender and our own plans get the same number.
+
+    Raises:
+        UsageError: naming the field and the value that is out of range.
+    """
+
+    trials: int = 10
+    time_limit: float | None = None
+    space: str = "mixed_methods"
+    seeds: int = 3
+    tries: int = 2
+
+    def __post_init__(self) -> None:
+        _whole("search.trials", self.trials, 0)
+        _whole("search.seeds", self.seeds, 1)
+        _whole("search.tries", self.tries, 1)
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise UsageError(f"search.time_limit must be more than 0 seconds, got {self.time_limit!r}")
+        if not self.space.strip():
+            raise UsageError("search.space is empty; give the name of a search space, or the path of its file")
+
+
+def _as_text(value: Any) -> Any:
+    """A budget of 1198 is a number in YAML; as a value it is text."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
+def _builtin(room: str, name: str) -> Any:
+    return ROOMS[room][name]()
+
+
+def _default_methods() -> dict[str, Method]:
+    return PluginTable("methods", DEFAULT_METHODS).read(list(DEFAULT_METHODS))
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A run before it begins. Equal studies on equal software and machines give equal runs.
+
+    Attributes:
+        model: the pre-trained model.
+        data: the data set and its splits.
+        task: the kind of task.
+        budget: how much may be trained, as a person writes it: `0.1%`, `86k`, `500KB`, `like:lora-r8`.
+        fused: whether fused projections are offered whole, sliced, or both.
+        methods: name to method; names are what plans and reports speak of.
+        scorer: how sensitivity is measured.
+        allocator: how the budget is spent.
+        gain: corrections to the predicted gains; most knobs lie here.
+        backend: how adapters are inserted.
+        train: the inner loop.
+        reward: what is maximised.
+        search: the outer loop.
+        head_warmup: whether a ridge probe sets the head first, one head for all arms; off is SPT as released.
+        device: `auto`, `cpu`, `cuda` or `cuda:0`.
+        seed: of splits, initialisation, order and search.
+        version: of the format of study files.
+
+    Raises:
+        UnknownKey: for a gain multiplier of a method that does not exist.
+        UsageError: naming the field and the value that is out of range.
+    """
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSettings = field(default_factory=DataSettings)
+    task: Annotated[TaskSpec, Plugin("tasks")] = field(default_factory=lambda: _builtin("tasks", "classification"))
+    budget: Annotated[str, BeforeValidator(_as_text)] = "0.1%"
+    fused: Fused = "whole"
+    methods: Annotated[Mapping[str, Method], PluginTable("methods", DEFAULT_METHODS)] = field(
+        default_factory=_default_methods
+    )
+    scorer: Annotated[Scorer, Plugin("scoring")] = field(default_factory=lambda: _builtin("scoring", "fisher"))
+    allocator: Annotated[Allocator, Plugin("allocation")] = field(
+        default_factory=lambda: _builtin("allocation", "knapsack")
+    )
+    gain: GainPolicy = field(default_factory=GainPolicy)
+    backend: Annotated[Backend, Plugin("backends")] = field(default_factory=lambda: _builtin("backends", "native"))
+    train: TrainSettings = field(default_factory=TrainSettings)
+    reward: Annotated[Reward, Plugin("rewards")] = field(default_factory=lambda: _builtin("rewards", "metric"))
+    search: SearchSettings = field(default_factory=SearchSettings)
+    head_warmup: bool = True
+    device: str = "auto"
+    seed: int = 0
+    version: int = 1
+
+    VERSION: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.version != self.VERSION:
+            raise UsageError(
+                f"the study is written in version {self.version!r} of the format, this autopeft reads {self.VERSION}"
+            )
+        _whole("seed", self.seed, 0)
+        if self.fused not in typing.get_args(Fused):
+            raise UsageError(f"fused must be one of {', '.join(typing.get_args(Fused))}, got {self.fused!r}")
+        if not self.device.strip():
+            raise UsageError("device is empty; write auto, cpu, cuda or cuda:0")
+        if not self.methods:
+            raise UsageError("methods is empty; name at least one method")
+        if not self.budget.startswith("like:"):
+            Budget.parse(self.budget, _LIMITLESS)
+        known = [*self.methods, *DEFAULT_METHODS, *METHODS]
+        for name in self.gain.methods:
+            if name not in known:
+                raise UnknownKey(f"gain.methods has no method {name!r}. {known_names(name, dict.fromkeys(known))}")
+
+    @classmethod
+    def marker(cls, name: str) -> Plugin | PluginTable | None:
+        """How a field holds plug-ins; None for a field that holds none."""
+        annotation = typing.get_type_hints(cls, include_extras=True)[name]
+        marks = getattr(annotation, "__metadata__", ())
+        return next((mark for mark in marks if isinstance(mark, Plugin | PluginTable)), None)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The fields' names, in order."""
+        return tuple(f.name for f in dataclasses.fields(cls))
