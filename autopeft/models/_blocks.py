@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -11,13 +12,16 @@ from autopeft.models._trace import Trace
 
 __all__ = ["block_axis", "block_paths"]
 
+_NUMBERED = re.compile(r"^(b|block|denselayer|layer|unit)_?\d+$")
+
 
 def block_paths(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[str, ...]:
-    """Dotted paths of the innermost composite members of `nn.Sequential` and `nn.ModuleList`, in model order.
+    """Dotted paths of the innermost composite members of lists of modules, in model order.
 
-    In ViT these are `blocks.i`, in Swin and ConvNeXt the blocks inside the stages, in ResNet the members of `layer1`
-    to `layer4`, in EfficientNet the members of each stage of `blocks`. A member that is a list itself, or that holds
-    fewer than two weight matrices (one convolution with its norm), is no block.
+    A list is an `nn.Sequential`, an `nn.ModuleList`, or children called `b1`, `b2`, ... as in RegNet. In ViT the blocks
+    are `blocks.i`, in Swin and ConvNeXt the blocks inside the stages, in ResNet the members of `layer1` to `layer4`, in
+    EfficientNet the members of each stage of `blocks`. A member that is a list itself, or that holds fewer than two
+    weight matrices (one convolution with its norm), is no block.
 
     Args:
         model: the model.
@@ -27,7 +31,8 @@ def block_paths(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[str, ...
     found: list[str] = []
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]]
-        if not name or not isinstance(parent, nn.Sequential | nn.ModuleList):
+        listed = isinstance(parent, nn.Sequential | nn.ModuleList) or _NUMBERED.match(name.rpartition(".")[2])
+        if not name or not listed:
             continue
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or host_of(module) is not None:
             continue

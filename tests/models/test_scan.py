@@ -307,6 +307,14 @@ def test_roles() -> None:
     assert (roles["stem"], roles["blocks.0.conv1"], roles["blocks.1"]) == ("stem", "conv", "block")
 
 
+def test_blocks_that_are_numbered_children() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("regnetx_002", pretrained=False)
+    names = [s.name for s in scan(model) if s.kind == "block"]
+    assert names[:3] == ["s1.b1", "s2.b1", "s3.b1"]
+    assert len(names) == 1 + 1 + 4 + 7
+
+
 def test_two_classifiers_are_both_head() -> None:
     model = timm.create_model("deit_tiny_distilled_patch16_224", pretrained=False, img_size=32, depth=1, num_classes=3)
     catalog = scan(model)
