@@ -144,4 +144,6 @@ class Budget:
         if suffix not in _SCALES:
             raise UsageError(f"cannot read the unit {match[2]!r} of the budget {text!r}; {examples}")
         scale, unit = _SCALES[suffix]
+        if number * scale < 1:
+            raise UsageError(f"a budget of {text!r} is less than 1 {unit.rstrip('s')}; {examples}")
         return cls(int(number * scale), unit, None, text.strip())

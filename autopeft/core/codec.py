@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from autopeft.core.menu import Indices
-from autopeft.errors import CorruptFile
+from autopeft.errors import CorruptFile, UsageError
 
 __all__ = ["decode", "encode"]
 
@@ -90,7 +90,8 @@ def _decode_union(args: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and type(None) in args:
         return None
     problem: CorruptFile | None = None
-    for arg in args:
+    # A whole number is also a float: in `float | int` it must stay what it is.
+    for arg in sorted(args, key=lambda arg: arg is not type(data)):
         if arg is type(None):
             continue
         try:
@@ -122,7 +123,7 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
             raise CorruptFile(f"{where}: the key {name!r} is missing")
     try:
         return kind(**values)
-    except ValueError as error:
+    except (UsageError, ValueError) as error:
         raise CorruptFile(f"{where}: {error}") from error
 
 

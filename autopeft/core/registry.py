@@ -29,16 +29,23 @@ class Registry(Generic[T]):
         self.group = group
         self._builtin = dict(builtin)
         self._added: dict[str, type[T]] = {}
+        self._found: Mapping[str, str] | None = None
 
     def _table(self) -> dict[str, str | type[T]]:
-        table: dict[str, str | type[T]] = dict(self._builtin)
+        # Looking through the installed packages takes milliseconds, and nothing is installed while a process runs.
+        if self._found is None:
+            self._found = self._installed()
+        return {**self._found, **self._added}
+
+    def _installed(self) -> dict[str, str]:
+        table = dict(self._builtin)
         for point in entry_points(group=self.group):
             if table.get(point.name, point.value) != point.value:
                 raise UsageError(
                     f"two packages call a {self.noun} {point.name!r}: {table[point.name]} and {point.value}; rename one"
                 )
             table[point.name] = point.value
-        return {**table, **self._added}
+        return table
 
     def add(self, name: str, cls: type[T]) -> None:
         """Register a class for this process, from a notebook or a test.
@@ -60,7 +67,7 @@ class Registry(Generic[T]):
         """The class behind a name, imported now.
 
         Raises:
-            UnknownPlugin: with a guess at the name that was meant.
+            UnknownPlugin: with a guess at the name that was meant, or when the class cannot be imported.
         """
         table = self._table()
         if name not in table:
@@ -71,7 +78,10 @@ class Registry(Generic[T]):
         if not isinstance(target, str):
             return target
         module, _, attribute = target.partition(":")
-        loaded: type[T] = getattr(importlib.import_module(module), attribute)
+        try:
+            loaded: type[T] = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UnknownPlugin(f"the {self.noun} {name!r} cannot be loaded from {target}: {error}") from error
         return loaded
 
     def name_of(self, cls: type) -> str:

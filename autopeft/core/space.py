@@ -37,7 +37,8 @@ class Knob:
 
     def __post_init__(self) -> None:
         numeric = self.low is not None and self.high is not None
-        if numeric == bool(self.choices):
+        ranged = self.low is not None or self.high is not None
+        if numeric == bool(self.choices) or (ranged and not numeric):
             raise UsageError(f"knob {self.path!r} needs either low and high, or choices")
         if numeric:
             assert self.low is not None
@@ -55,7 +56,7 @@ class Knob:
             return value in self.choices
         assert self.low is not None
         assert self.high is not None
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
 
 
 @dataclass(frozen=True, slots=True)
