@@ -1,0 +1,53 @@
+"""Every built-in method keeps the laws, and every law has a method that breaks it."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from autopeft.core.contracts import Method
+from autopeft.methods import BUILTIN
+from autopeft.methods.lora import LoRA
+from autopeft.methods.sparse import Sparse
+from autopeft.testing.method_laws import BROKEN, MethodLaws
+
+LAWS = sorted(name for name in dir(MethodLaws) if name.startswith("test_"))
+METHODS: dict[str, Method] = {"sparse_bias": Sparse(slot="bias"), "lora_alpha_4": LoRA(alpha=4.0)}
+for key, target in BUILTIN.items():
+    module, _, name = target.partition(":")
+    METHODS[key] = getattr(importlib.import_module(module), name)()
+
+
+def laws_of(method: Method, *, small: bool = False) -> MethodLaws:
+    class Laws(MethodLaws):
+        models = ("vit",) if small or method.family == "tokens" else ("vit", "convnet")
+        dtypes = (torch.float32,) if small else (torch.float32, torch.float64)
+
+        def make(self) -> Method:
+            return method
+
+    return Laws()
+
+
+@pytest.mark.parametrize("key", sorted(METHODS))
+@pytest.mark.parametrize("law", LAWS)
+def test_built_in_keeps(key: str, law: str) -> None:
+    getattr(laws_of(METHODS[key]), law)()
+
+
+def test_every_law_has_a_method_that_breaks_it() -> None:
+    assert sorted(BROKEN) == LAWS
+
+
+@pytest.mark.parametrize("broken", LAWS)
+def test_broken_method_fails_its_law_and_no_other(broken: str) -> None:
+    laws = laws_of(BROKEN[broken](), small=True)
+    failed = []
+    for law in LAWS:
+        try:
+            getattr(laws, law)()
+        except AssertionError:
+            failed.append(law)
+    assert failed == [broken]
