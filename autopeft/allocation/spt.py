@@ -225,7 +225,9 @@ class _Part:
 
 def _largest(total: Callable[[int], int], n: int, budget: Budget) -> int:
     """The largest tau whose total is within the budget, for a total that never falls."""
-    low, high = 0, n + 1
+    if total(n) <= budget.limit:
+        return n
+    low, high = 0, n
     while high - low > 1:
         middle = (low + high) // 2
         if total(middle) <= budget.limit:
