@@ -109,7 +109,7 @@ def _tiles(record: Record) -> list[_Tile]:
         tiles.append(_Tile("budget spent", number(spent), note, min(1.0, spent / limit)))
     if record.trials:
         done = sum(t.outcome.status == "done" for t in record.trials)
-        seconds = sum(record.seconds.values())
+        seconds = record.seconds.get("total") or sum(record.seconds.values())
         note = f"{done} done" + (f", {stage_seconds(seconds)} in all" if seconds else "")
         tiles.append(_Tile("trials", number(len(record.trials)), note))
     return tiles

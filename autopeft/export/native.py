@@ -1,0 +1,47 @@
+"""The trained tensors alone, for autopeft itself: any plan, however mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autopeft.core.codec import encode
+from autopeft.core.contracts import Inserted
+from autopeft.core.record import Record
+from autopeft.store.atomic import write_json
+from autopeft.training.checkpoint import save_adapter
+
+__all__ = ["NativeExport"]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeExport:
+    """`adapter.safetensors` and `metadata.json`; together with the run's `plan.json` they rebuild the model.
+
+    Only autopeft loads it, so it is the one format that represents every plan.
+    """
+
+    SCHEMA = "autopeft.native/1"
+
+    def supports(self, inserted: Inserted) -> str:
+        """Every plan."""
+        return ""
+
+    def export(self, inserted: Inserted, record: Record, folder: Path) -> tuple[Path, ...]:
+        """Write the folder; the plan is written by whoever knows its settings."""
+        adapter = save_adapter(inserted, folder / "adapter.safetensors")
+        allocation = inserted.allocation
+        metadata: dict[str, Any] = {
+            "schema": self.SCHEMA,
+            "plan": allocation.digest,
+            "trainable": allocation.trainable,
+            "spent": allocation.spent,
+            "model": encode(record.model),
+            "data": encode(record.data),
+            "budget": encode(record.budget),
+            "environment": encode(record.environment),
+        }
+        path = folder / "metadata.json"
+        write_json(path, metadata)
+        return adapter, path
