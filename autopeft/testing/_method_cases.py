@@ -46,9 +46,9 @@ class Ground:
     catalog: Catalog
     evidence: Mapping[str, Evidence]
 
-    def model(self) -> nn.Module:
-        """A fresh copy with the same weights."""
-        return MODELS[self.name]().to(self.dtype)
+    def model(self, twin: int = 0) -> nn.Module:
+        """A model with these weights, one object per `twin`; shared, since every insertion gives it back as it was."""
+        return _model(self.name, self.dtype, twin)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Case:
         return f"{self.ground.name} {self.site.name} size {self.option.size} {self.ground.dtype}"
 
     def build(self, method: Method, seed: int = 0) -> Adapter:
-        """The adapter alone, on the host of a fresh model."""
+        """The adapter alone."""
         host = self.ground.model().get_submodule(self.site.module)
         adapter = method.build(self.site, self.option, host, torch.Generator().manual_seed(seed))
         assert isinstance(adapter, Adapter), f"{self}: build gave a {type(adapter).__name__}"
@@ -87,6 +87,11 @@ def loss_of(logits: Tensor) -> Tensor:
     """A loss whose gradient depends on the logits and vanishes nowhere in particular."""
     target = torch.randn(logits.shape, generator=torch.Generator().manual_seed(_SEED + 1), dtype=torch.float64)
     return (logits - 3 * target.to(logits.dtype)).square().mean()
+
+
+@functools.lru_cache(maxsize=16)
+def _model(name: str, dtype: torch.dtype, twin: int) -> nn.Module:
+    return MODELS[name]().to(dtype)
 
 
 @functools.lru_cache(maxsize=8)

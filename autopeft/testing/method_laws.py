@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from autopeft.backends.native import Native
 from autopeft.core.contracts import Inserted, Method
@@ -124,22 +125,20 @@ class MethodLaws:
                     assert not adapter.mergeable, f"{case}: says that it merges and does not"
                     continue
                 assert adapter.mergeable, f"{case}: merges although it says {adapter.obstacle!r}"
-            plain = case.ground.model()
-            before = plain(x)
-            plain.load_state_dict(state)
-            gap = _gap(plain(x), adapted)
+            before = model(x)
+            gap = _gap(functional_call(model, state, (x,), strict=True), adapted)
             merges, moved = True, max(moved, _gap(adapted, before))
             assert gap <= _close(case.ground.dtype), f"{case}: merged and unmerged outputs differ by {gap:.2e}"
         assert moved > 1e-3 or not merges, f"disturbed parameters change no output: at most by {moved:.2e}"
 
     def test_loaded_into_a_fresh_base(self) -> None:
-        """What was saved, loaded into a fresh model that was initialised from another seed, gives the same output."""
+        """What was saved, loaded into another model that was initialised from another seed, gives the same output."""
         for case in self.cases():
             x = images(case.ground.dtype)
             with self._inserted(case, case.ground.model(), seed=1) as inserted:
                 _disturb(inserted)
                 state, saved = inserted.state(), inserted.model(x)
-            with self._inserted(case, case.ground.model(), seed=2) as inserted:
+            with self._inserted(case, case.ground.model(twin=1), seed=2) as inserted:
                 inserted.load_state(state)
                 gap = _gap(inserted.model(x), saved)
             assert gap <= _exact(case.ground.dtype), f"{case}: the reloaded output differs by {gap:.2e}"
@@ -181,7 +180,7 @@ class MethodLaws:
             assert again == case.option.indices, f"{case}: selects other entries the second time"
             model = case.ground.model()
             host = model.get_submodule(case.site.module)
-            before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+            before = {name: (id(t), t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()}
             torch.manual_seed(1)
             random_state = torch.get_rng_state()
             first = method.build(case.site, case.option, host, torch.Generator().manual_seed(5))
