@@ -46,8 +46,8 @@ class GainPolicy:
     """
 
     exponent: float = 0.5
-    methods: Mapping[str, float] = field(default_factory=dict)
-    roles: Mapping[str, float] = field(default_factory=dict)
+    methods: Mapping[str, float] = field(default_factory=dict, hash=False)
+    roles: Mapping[str, float] = field(default_factory=dict, hash=False)
     depth_tilt: float = 0.0
     depth_curvature: float = 0.0
 

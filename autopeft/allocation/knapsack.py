@@ -46,7 +46,7 @@ class Knapsack:
     require: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
     max_options: int | None = None
-    max_size: Mapping[str, int] = field(default_factory=dict)
+    max_size: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.gap < 1:

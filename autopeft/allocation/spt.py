@@ -73,7 +73,7 @@ class SPT:
     structured_only: bool = False
     rule: Rule = "largest"
     tokens: bool = True
-    methods: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    methods: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator
+from itertools import islice, product
 
 import numpy as np
 import pytest
@@ -42,6 +42,9 @@ class TestLawsByMilp(AllocatorLaws):
 
     def make(self) -> Allocator:
         return Knapsack(max_options=1000)
+
+    def menus(self) -> Iterator[tuple[Menu, Budget]]:
+        yield from islice(super().menus(), 1, 64, 5)
 
 
 LAWS = ("test_within_budget", "test_deterministic", "test_blind_to_order", "test_exact")
@@ -123,6 +126,27 @@ def test_equals_milp_on_interlocked_menus() -> None:
         assert len(menu) > 60
         mine = Knapsack().allocate(menu, Budget(300))
         theirs = Knapsack(max_options=10_000).allocate(menu, Budget(300))
+        assert mine.gain == pytest.approx(theirs.gain, rel=1e-9)
+
+
+def test_an_interlocked_projection_equals_milp() -> None:
+    """qkv whole or by slices, with weights, biases and something that takes both: one component per block."""
+    rng = np.random.default_rng(0)
+    options = []
+    for block in range(4):
+        slices = [f"b{block}[{s}]" for s in "qkv"]
+        for method, names in [("whole", slices), *((f"slice-{n}", [n]) for n in slices)]:
+            site = f"b{block}" if method == "whole" else names[0]
+            for slots in (("weight",), ("bias",), ("weight", "bias")):
+                places = tuple(sorted(Place(n, s) for n in names for s in slots))  # type: ignore[arg-type]
+                for size in range(1, 6):
+                    cost = len(places) * size**2
+                    gain = math.sqrt(size * rng.uniform(0.2, 1.0) * len(places))
+                    options.append(Option(site, "+".join(slots), size, Cost.plain(cost, cost), gain, places))
+    menu = Menu(tuple(options))
+    for limit in (3, 40, 150):
+        mine = Knapsack().allocate(menu, Budget(limit))
+        theirs = Knapsack(max_options=1000).allocate(menu, Budget(limit))
         assert mine.gain == pytest.approx(theirs.gain, rel=1e-9)
 
 
