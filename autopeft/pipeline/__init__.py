@@ -1,0 +1,1 @@
+"""The only room that composes: model, data, scores, plan, training, search, export."""

@@ -1,0 +1,47 @@
+"""`autopeft eval`: an exported model on data."""
+
+from __future__ import annotations
+
+import json as json_module
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopeft.cli import options as o
+
+__all__ = ["evaluate"]
+
+
+class Which(StrEnum):
+    """The split to evaluate on."""
+
+    inner = "inner"
+    outer = "outer"
+    test = "test"
+
+
+def evaluate(
+    source: Annotated[Path, typer.Argument(help="run folder, or a folder written by export --to timm")],
+    data: o.Data = None,
+    split: Annotated[Which, typer.Option(help="split of the data")] = Which.test,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    json: o.Json = False,
+) -> None:
+    """Evaluate a merged model: accuracy with its interval, macro F1, calibration error, likelihood."""
+    from autopeft.cli.flags import read_study, study_flags
+    from autopeft.pipeline.evaluation import evaluate_export
+
+    config = [source / "study.yaml"] if (source / "study.yaml").is_file() else None
+    study = read_study(config, study_flags(data=data, batch_size=batch_size, seed=seed, device=device), None)
+    found = evaluate_export(source, study, split.value)
+    if json:
+        print(json_module.dumps(found))
+        return
+    low, high = found["interval"]
+    print(f"{found['samples']:,} samples of {found['data']} ({found['split']})")
+    for name, value in sorted(found["metrics"].items()):
+        print(f"{name:<10} {value:.4f}" + (f"  [{low:.4f}, {high:.4f}]" if name == "top1" else ""))

@@ -1,0 +1,170 @@
+"""A trained plan into the formats that leave the house, each reloaded and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from autopeft.config.decode import study_from_dict
+from autopeft.config.registries import EXPORTERS
+from autopeft.core.codec import decode
+from autopeft.core.record import Record
+from autopeft.errors import CorruptFile, ExportError, StoreError, UsageError
+from autopeft.export.verify import verify
+from autopeft.pipeline.events import Emit, Event, silent
+from autopeft.pipeline.facts import budget_facts, data_facts, model_facts
+from autopeft.pipeline.planfile import Plan, read_plan, write_plan
+from autopeft.pipeline.planning import as_plan
+from autopeft.pipeline.prepare import Prepared, prepare
+from autopeft.store.atomic import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DEFAULT_KINDS", "deliver", "export_folder"]
+
+DEFAULT_KINDS = ("timm", "peft", "delta", "native")
+"""What a search exports where the plan can be represented."""
+
+_IMAGES = 8
+
+
+def deliver(
+    prepared: Prepared,
+    plan: Plan,
+    adapter: Path,
+    record: Record,
+    folder: Path,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    *,
+    required: bool = False,
+    emit: Emit = silent,
+) -> dict[str, Path]:
+    """Export a trained plan.
+
+    Args:
+        prepared: the model and the task.
+        plan: the plan, whose study holds methods and settings.
+        adapter: the trained adapter and head.
+        record: provenance for the model cards.
+        folder: each format gets a folder of its own below.
+        kinds: formats.
+        required: raise instead of leaving out a format that cannot represent the plan.
+        emit: what is told.
+
+    Returns:
+        Format to folder, for the formats that were written and gave the same logits in a fresh process.
+
+    Raises:
+        ExportError: when a required format cannot represent the plan, or a reloaded export gives other logits.
+    """
+    unknown = [kind for kind in kinds if kind not in EXPORTERS]
+    if unknown:
+        raise UsageError(f"there is no export format {unknown[0]!r}; known: {', '.join(EXPORTERS)}")
+    study = study_from_dict(plan.study)
+    written: dict[str, Path] = {}
+    images = _images(prepared)
+    with prepared.study.backend.insert(
+        prepared.model, prepared.catalog, plan.allocation, study.methods, seed=plan.seed, head=prepared.head
+    ) as inserted:
+        inserted.load_state(load_file(adapter))
+        inserted.train_mode(False)
+        with torch.no_grad():
+            logits = inserted.model(images.to(prepared.device)).float().cpu()
+        for kind in kinds:
+            exporter = EXPORTERS[kind]()
+            reason = exporter.supports(inserted)
+            if reason and required:
+                raise ExportError(f"the plan cannot be exported as {kind}: {reason}")
+            if reason:
+                emit(Event("result", f"export {kind}: left out, {reason}"))
+                continue
+            target = folder / kind
+            exporter.export(inserted, record, target)
+            if kind == "native":
+                write_plan(as_plan(prepared, study, plan.allocation, plan.seed), target / "plan.json")
+            check = verify(kind, target, images, logits, inserted=inserted, record=record)
+            note = f"same logits in a fresh process, difference {check:.1e}" if check is not None else "written"
+            emit(Event("result", f"export {kind}: {target} ({note})"))
+            written[kind] = target
+    return written
+
+
+def export_folder(
+    source: Path, kinds: Sequence[str], output: Path | None, *, trial: int | None = None, emit: Emit = silent
+) -> dict[str, Path]:
+    """Export from a finished run, or from a folder that `autopeft train` wrote.
+
+    Args:
+        source: the folder.
+        kinds: formats.
+        output: where to; `exports/` in the source when None.
+        trial: a trial of the run instead of its winner.
+        emit: what is told.
+
+    Raises:
+        StoreError: when the folder holds no trained plan.
+    """
+    plan_path, adapter = _trained(source, trial)
+    plan = read_plan(plan_path)
+    study = study_from_dict(plan.study)
+    prepared = prepare(study)
+    if plan.head:
+        prepared.head = plan.head
+    record = _record(source, prepared)
+    return deliver(prepared, plan, adapter, record, output or source / "exports", kinds, required=True, emit=emit)
+
+
+def _trained(source: Path, trial: int | None) -> tuple[Path, Path]:
+    record_path = source / "record.json"
+    if trial is None and (source / "plan.json").is_file() and (source / "adapter.safetensors").is_file():
+        return source / "plan.json", source / "adapter.safetensors"
+    if not record_path.is_file():
+        raise StoreError(f"{source} holds neither a finished run (record.json) nor a trained plan (plan.json)")
+    record = decode(Record, read_json(record_path), str(record_path))
+    if trial is None:
+        winner = record.contenders[0]
+        seed = next(o.seed for o in winner.outcomes if o.status == "done")
+        number, adapter = (
+            winner.trial,
+            source / "finish" / f"{winner.trial:04d}" / f"seed{seed}" / "adapter.safetensors",
+        )
+    else:
+        number, adapter = trial, source / "trials" / f"{trial:04d}" / "adapter.safetensors"
+    found = next((t for t in record.trials if t.number == number), None)
+    if found is None or not found.plan:
+        raise StoreError(f"the run {source} has no trial {number} with a plan")
+    if not adapter.is_file():
+        raise StoreError(f"trial {number} of {source} has no saved adapter at {adapter.relative_to(source)}")
+    return source / found.plan, adapter
+
+
+def _record(source: Path, prepared: Prepared) -> Record:
+    path = source / "record.json"
+    if path.is_file():
+        try:
+            return decode(Record, read_json(path), str(path))
+        except CorruptFile:
+            pass
+    return Record(
+        str(source), {}, model_facts(prepared), data_facts(prepared), budget_facts(prepared.budget), (), best=-1
+    )
+
+
+def _images(prepared: Prepared) -> Tensor:
+    """Some images of the outer split, in evaluation order."""
+    for images, _ in prepared.task.batches("outer", batch_size=_IMAGES):
+        found: Tensor = images[:_IMAGES]
+        return found
+    raise UsageError("the outer split is empty")
+
+
+def with_exports(record: Record, exports: Mapping[str, Path], run: Path) -> Record:
+    """The record with the exports' paths relative to the run folder."""
+    paths: dict[str, Any] = {kind: str(path.relative_to(run)) for kind, path in exports.items()}
+    return dataclasses.replace(record, exports=paths)

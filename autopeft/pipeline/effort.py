@@ -1,0 +1,110 @@
+"""How long to train: as asked, or as long as a time limit allows at the measured speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autopeft.core.allocation import Allocation
+from autopeft.training.threads import thread_count
+
+if TYPE_CHECKING:
+    from autopeft.config.study import Study
+    from autopeft.pipeline.contenders import Group
+    from autopeft.pipeline.prepare import Prepared
+
+__all__ = ["Effort", "measure_speed", "plan_effort"]
+
+_CONTENDERS = 3
+"""The winner and the two best baselines are retrained at the end."""
+
+_RESERVE = 0.8
+"""Share of the time limit that training may be planned for; the rest is evaluation, export and report."""
+
+_TRIAL_SHARE = 0.6
+"""Share of the full schedule that an average trial runs for before it is pruned."""
+
+_MIN_EPOCHS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long trainings are.
+
+    Attributes:
+        epochs: full fidelity: a trial that is not pruned, a tuned contender, a training at the end.
+        rung: epochs of the short runs that choose a learning rate and a variant.
+        seconds_per_sample: measured time of one training step per sample, 0 when not measured.
+        planned_seconds: predicted time of all trainings, 0 when not measured.
+    """
+
+    epochs: int
+    rung: int
+    seconds_per_sample: float = 0.0
+    planned_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, epochs: int) -> Effort:
+        """The effort of a given number of epochs; a rung is a third of it."""
+        return cls(epochs, max(1, math.ceil(epochs / 3)))
+
+
+def plan_effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], spent_seconds: float) -> Effort:
+    """The largest number of epochs, up to the study's, whose trainings fit the time limit; at least 2.
+
+    Args:
+        prepared: the model and the task.
+        study: its `train.epochs` is the most that is tried, its `search.time_limit` the seconds in all.
+        groups: the contenders.
+        spent_seconds: seconds gone already.
+    """
+    limit = study.search.time_limit
+    if limit is None:
+        return Effort.of(study.train.epochs)
+    speed = measure_speed(prepared, study, groups[-1].candidates[0].allocation)
+    available = max(0.0, limit - spent_seconds) * _RESERVE
+    for epochs in range(study.train.epochs, _MIN_EPOCHS, -1):
+        planned = _samples(prepared, study, groups, Effort.of(epochs)) * speed
+        if planned <= available:
+            return Effort(epochs, Effort.of(epochs).rung, speed, planned)
+    effort = Effort.of(min(_MIN_EPOCHS, study.train.epochs))
+    return Effort(effort.epochs, effort.rung, speed, _samples(prepared, study, groups, effort) * speed)
+
+
+def finish_seconds(prepared: Prepared, study: Study, effort: Effort) -> float:
+    """Predicted time of the trainings at the end."""
+    both = prepared.task.sizes["inner"] + prepared.task.sizes["outer"]
+    return _CONTENDERS * study.search.seeds * effort.epochs * both * effort.seconds_per_sample
+
+
+def measure_speed(prepared: Prepared, study: Study, allocation: Allocation, steps: int = 4) -> float:
+    """Seconds per sample of a training step with this plan: the median of a few steps after one warm-up."""
+    model = prepared.model
+    with (
+        thread_count(prepared.threads),
+        study.backend.insert(model, prepared.catalog, allocation, study.methods, head=prepared.head) as inserted,
+    ):
+        inserted.train_mode(True)
+        times = []
+        for step, batch in enumerate(prepared.task.batches("inner", seed=0)):
+            start = time.perf_counter()
+            prepared.task.loss(inserted.model, batch).backward()  # type: ignore[no-untyped-call]
+            times.append((time.perf_counter() - start) / len(batch[0]))
+            if step == steps:
+                break
+    counted = sorted(times[1:] or times)
+    return counted[len(counted) // 2]
+
+
+def _samples(prepared: Prepared, study: Study, groups: tuple[Group, ...], effort: Effort) -> float:
+    inner, outer = prepared.task.sizes["inner"], prepared.task.sizes["outer"]
+    runs = 0.0
+    for group in groups:
+        variants = len(group.candidates) * study.search.tries
+        # A plan without adapters has no backward pass through the model.
+        weight = 0.5 if not len(group.candidates[0].allocation) else 1.0
+        runs += weight * ((variants * effort.rung if variants > 1 else 0) + effort.epochs)
+    search = (runs + study.search.trials * effort.epochs * _TRIAL_SHARE) * inner
+    return search + _CONTENDERS * study.search.seeds * effort.epochs * (inner + outer)

@@ -1,0 +1,68 @@
+"""From scores and knobs to a plan within the budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autopeft.allocation.gain import build_menu
+from autopeft.allocation.indices import attach_indices
+from autopeft.core.allocation import Allocation
+from autopeft.core.menu import Menu
+from autopeft.errors import InfeasibleBudget
+
+if TYPE_CHECKING:
+    from autopeft.config.study import Study
+    from autopeft.pipeline.prepare import Prepared
+
+__all__ = ["make_menu", "make_plan"]
+
+
+def make_menu(prepared: Prepared, study: Study) -> Menu:
+    """Every option of the study's methods, with its price and its corrected gain.
+
+    Raises:
+        InfeasibleBudget: when not even the cheapest option fits the budget.
+    """
+    menu = build_menu(
+        prepared.catalog,
+        study.methods,
+        prepared.scores,
+        study.gain,
+        fused=study.fused,
+        budget=prepared.budget,
+        energies=prepared.energies(study),
+    )
+    if not len(menu):
+        raise _too_small(prepared, study)
+    return menu
+
+
+def make_plan(prepared: Prepared, study: Study | None = None) -> Allocation:
+    """The study's allocator on the study's menu, with the entries of sparse options filled in.
+
+    Raises:
+        InfeasibleBudget: when the budget buys nothing.
+    """
+    study = study or prepared.study
+    menu = make_menu(prepared, study)
+    allocation = study.allocator.allocate(menu, prepared.budget, study.seed)
+    return attach_indices(allocation, study.methods, prepared.scores)
+
+
+def _too_small(prepared: Prepared, study: Study) -> InfeasibleBudget:
+    budget = prepared.budget
+    cheapest: tuple[int, str, str, int] | None = None
+    for site in prepared.catalog.candidates(study.fused):
+        for key, method in study.methods.items():
+            if method.slots(site) and (sizes := method.sizes(site)):
+                cost = method.cost(site, sizes[0]).of(budget.unit)
+                if cheapest is None or cost < cheapest[0]:
+                    cheapest = (cost, key, site.name, sizes[0])
+    if cheapest is None:
+        return InfeasibleBudget(f"none of the methods {', '.join(study.methods)} can be used on this model")
+    cost, key, site_name, size = cheapest
+    return InfeasibleBudget(
+        f"a budget of {budget} buys nothing: the cheapest option is {key!r} of size {size} at {site_name!r} for "
+        f"{cost:,}. Raise the budget to at least {cost:,} or add a cheaper method.",
+        cost,
+    )

@@ -1,0 +1,59 @@
+"""A finished run for people: record, report, leaderboard, dashboard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from autopeft.core.codec import encode
+from autopeft.core.record import Record
+from autopeft.core.site import Catalog
+from autopeft.report.html import render_html
+from autopeft.report.markdown import render_markdown
+from autopeft.report.rows import allocation_rows
+from autopeft.store.atomic import read_json, write_json, write_text
+from autopeft.store.paths import RunFolder
+
+if TYPE_CHECKING:
+    from autopeft.search.optuna_study import OptunaSearcher
+
+__all__ = ["publish"]
+
+_log = logging.getLogger("autopeft.pipeline")
+
+
+def publish(record: Record, run: RunFolder, searcher: OptunaSearcher, catalog: Catalog) -> None:
+    """Write `record.json`, `report.md`, `report.html`, `leaderboard.csv` and `best.json`, and the dashboard's note.
+
+    A dashboard that cannot be written to never fails a run.
+    """
+    best = next(t for t in record.trials if t.number == record.best)
+    options = read_json(run.root / best.plan)["options"]
+    rows = allocation_rows(options, catalog)
+    write_json(run.record, encode(record))
+    write_text(run.report_md, render_markdown(record, rows))
+    write_text(run.report_html, render_html(record, rows))
+    write_text(run.leaderboard, _leaderboard(record))
+    value = best.rewards[0] if best.rewards else None
+    write_json(run.root / "best.json", {"trial": best.number, "value": value, "plan": best.plan})
+    try:
+        searcher.note(render_markdown(record, rows))
+    except Exception as error:  # noqa: BLE001 - the dashboard is a convenience
+        _log.warning("the dashboard's note could not be written: %s", error)
+
+
+def _leaderboard(record: Record) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["trial", "name", "role", "status", "reward", "spent", "mix", "seconds", "digest"])
+    ordered = sorted(record.trials, key=lambda t: (not t.rewards, *(-r for r in t.rewards), t.number))
+    for t in ordered:
+        reward = f"{t.rewards[0]:.6f}" if t.rewards else ""
+        mix = json.dumps(dict(t.mix), sort_keys=True)
+        writer.writerow(
+            [t.number, t.name, t.role, t.outcome.status, reward, t.spent, mix, f"{t.outcome.seconds:.2f}", t.digest]
+        )
+    return out.getvalue()

@@ -1,0 +1,130 @@
+"""Trains plans through the ledger, so that each is trained once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autopeft.core.allocation import Allocation
+from autopeft.core.outcome import Outcome, Split
+from autopeft.pipeline.events import Emit, Event
+from autopeft.pipeline.ledger import Entry, Ledger, training_key
+from autopeft.pipeline.trial import run_trial
+
+if TYPE_CHECKING:
+    from autopeft.config.study import Study
+    from autopeft.pipeline.prepare import Prepared
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """A prepared model with a ledger.
+
+    Args:
+        prepared: the model and the task.
+        ledger: finished trainings.
+        emit: what is told after each training.
+    """
+
+    def __init__(self, prepared: Prepared, ledger: Ledger, emit: Emit) -> None:
+        self.prepared = prepared
+        self.ledger = ledger
+        self.emit = emit
+
+    def key(
+        self, study: Study, allocation: Allocation, seed: int, splits: tuple[Split, ...], measure: Split, epochs: int
+    ) -> str:
+        """The key of a training: equal keys give equal results on one device and thread count."""
+        prepared = self.prepared
+        used = {o.method for o in allocation.options}
+        return training_key(
+            {
+                "allocation": allocation.digest,
+                "methods": {key: repr(method) for key, method in study.methods.items() if key in used},
+                "backend": repr(study.backend),
+                "train": repr(study.train),
+                "task": repr(study.task),
+                "reward": repr(study.reward),
+                "weights": prepared.loaded.weights_hash,
+                "head": prepared.origin.head,
+                "data": prepared.task.data_hash,
+                "seed": seed,
+                "splits": list(splits),
+                "measure": measure,
+                "epochs": epochs,
+                "device": prepared.device.type,
+                "threads": prepared.threads,
+            }
+        )
+
+    def train(
+        self,
+        study: Study,
+        allocation: Allocation,
+        *,
+        label: str,
+        seed: int | None = None,
+        splits: tuple[Split, ...] = ("inner",),
+        measure: Split = "outer",
+        folder: Path | None = None,
+        watch: Split | None = None,
+        on_epoch: Callable[[int, float], bool] | None = None,
+    ) -> Entry:
+        """Train a plan, or return what an equal training gave.
+
+        Args:
+            study: settings of the training.
+            allocation: the plan.
+            label: what a person calls it.
+            seed: the study's when None.
+            splits: what is trained on.
+            measure: what is measured on.
+            folder: where the adapter goes; an entry without its adapter is trained again.
+            watch: split evaluated after each epoch for `on_epoch`.
+            on_epoch: called with (epoch, metric); True prunes.
+        """
+        seed = study.seed if seed is None else seed
+        key = self.key(study, allocation, seed, splits, measure, study.train.epochs)
+        entry = self.ledger.get(key)
+        if entry is not None and (folder is None or (folder / "adapter.safetensors").exists()):
+            self._say(label, entry.outcome, study, again=True)
+            return entry
+        result = run_trial(
+            self.prepared,
+            study,
+            allocation,
+            seed=seed,
+            folder=folder,
+            splits=splits,
+            measure=measure,
+            watch=watch,
+            on_epoch=on_epoch,
+        )
+        correct = result.evaluation.correct if result.evaluation is not None else np.zeros(0, dtype=bool)
+        entry = Entry(result.outcome, np.asarray(correct, dtype=bool), result.sample_epochs)
+        if result.outcome.status == "failed" and folder is not None:
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        self.ledger.put(key, entry)
+        self._say(label, entry.outcome, study)
+        return entry
+
+    def rank(self, study: Study, outcome: Outcome) -> tuple[float, float]:
+        """What candidates are ordered by: the reward with its sign, then the negative log-likelihood."""
+        if outcome.status != "done":
+            return (float("-inf"), float("-inf"))
+        sign = 1.0 if study.reward.goals[0] == "maximize" else -1.0
+        return (sign * study.reward.value(outcome)[0], -outcome.metrics.get("nll", 0.0))
+
+    def _say(self, label: str, outcome: Outcome, study: Study, again: bool = False) -> None:
+        if outcome.status == "done":
+            name, value = study.reward.names[0], study.reward.value(outcome)[0]
+            text = f"{label}: {outcome.split} {name} {value:.4f}"
+        else:
+            text = f"{label}: {outcome.status} ({outcome.reason})"
+        how = "known" if again else f"{outcome.seconds:.1f} s"
+        self.emit(Event("result", f"{text}  [{outcome.trainable:,} parameters, {how}]", data={"label": label}))

@@ -1,0 +1,288 @@
+"""`autopeft search`: from a study to a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autopeft.config.decode import study_from_dict, study_to_dict, study_to_yaml
+from autopeft.core.codec import decode, encode
+from autopeft.core.record import Record, Role, Trial
+from autopeft.errors import StaleRun, TrainingFailed
+from autopeft.models.graph import dataflow
+from autopeft.pipeline.contenders import Group, contender_groups
+from autopeft.pipeline.deliver import deliver, with_exports
+from autopeft.pipeline.effort import Effort, finish_seconds, plan_effort
+from autopeft.pipeline.events import Emit, Event, silent
+from autopeft.pipeline.facts import budget_facts, data_facts, environment_facts, model_facts
+from autopeft.pipeline.finish import Finalist, adapter_folder, finish
+from autopeft.pipeline.knobs import baseline_values
+from autopeft.pipeline.ledger import Ledger
+from autopeft.pipeline.planfile import read_plan, write_plan
+from autopeft.pipeline.planning import as_plan
+from autopeft.pipeline.prepare import Prepared, prepare
+from autopeft.pipeline.publish import publish
+from autopeft.pipeline.runner import Runner
+from autopeft.pipeline.trials import TrialLoop, make_trial, open_searcher
+from autopeft.pipeline.tune import Tuned, tune
+from autopeft.store.atomic import read_json, write_json, write_text
+from autopeft.store.lock import RunLock
+from autopeft.store.paths import RunFolder
+from autopeft.training.preempt import preemptible
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autopeft.config.study import Study
+    from autopeft.search.optuna_study import OptunaSearcher
+
+__all__ = ["run_search"]
+
+_BASELINES_AT_END = 2
+
+
+def run_search(
+    study: Study,
+    run: RunFolder,
+    *,
+    emit: Emit = silent,
+    storage: str | None = None,
+    study_name: str | None = None,
+) -> Record:
+    """Run or continue a search in a run folder.
+
+    Baselines are tuned first, then `search.trials` trials are run in all, then the winner and the two best baselines
+    are retrained with several seeds, the test split is opened once, and the winner is exported.
+
+    Args:
+        study: the resolved study.
+        run: the run folder; a folder of the same study is continued.
+        emit: what is told.
+        storage: Optuna storage URL; SQLite in the run folder when None.
+        study_name: name of the Optuna study; the folder's name when None.
+
+    Raises:
+        StaleRun: when the folder holds another study.
+        RunLocked: when another process works in it.
+        InfeasibleBudget: when the budget buys nothing.
+        TrainingFailed: when no plan can be trained.
+        Preempted: when a signal asked to stop; the same command continues.
+    """
+    started = time.perf_counter()
+    run.create()
+    with RunLock(run.lock), preemptible():
+        _claim(study, run)
+        emit(Event("stage", f"run folder {run.root}"))
+        prepared = prepare(study, run.root, {"unseal_token": _run_token(run)})
+        _announce(prepared, emit)
+        write_json(run.environment, environment_facts(prepared))
+        write_json(run.catalog, encode(prepared.catalog))
+        groups = contender_groups(prepared, study)
+        runner = Runner(prepared, Ledger(run.trials.parent / "ledger"), emit)
+        effort = _effort(prepared, study, groups, run, time.perf_counter() - started)
+        _announce_effort(effort, study, groups, emit)
+        searcher = open_searcher(prepared, study, run, effort, storage=storage, name=study_name)
+        _run_baselines(runner, study, groups, effort, searcher, run)
+        deadline = None
+        if study.search.time_limit is not None:
+            deadline = started + study.search.time_limit - finish_seconds(prepared, study, effort) / 0.9
+        TrialLoop(runner, study, searcher, effort, run).until(study.search.trials, deadline)
+        return _finish(runner, study, searcher, run, started, emit)
+
+
+def _claim(study: Study, run: RunFolder) -> None:
+    """Write the study into a new folder, or refuse a folder that holds another one.
+
+    The number of trials, the time limit and the device may change between two calls; nothing else may.
+    """
+    text = study_to_yaml(study)
+    if not run.study.is_file():
+        write_text(run.study, text)
+        return
+    from autopeft.config.decode import load_study
+
+    before = load_study([run.study], {})
+    differences = _differences(encode_study(before), encode_study(study))
+    if differences:
+        path, (old, new) = next(iter(differences.items()))
+        raise StaleRun(
+            f"{run.root} holds another study: {path} was {old!r} and is {new!r} now. "
+            f"Choose another --output, or give the same settings to continue"
+        )
+    write_text(run.study, text)
+
+
+def encode_study(study: Study) -> dict[str, Any]:
+    """The study as plain data, without what may change when a run is continued."""
+    from autopeft.config.decode import study_to_dict
+
+    data = study_to_dict(study)
+    data.pop("device", None)
+    search = dict(data.get("search", {}))
+    for key in ("trials", "time_limit"):
+        search.pop(key, None)
+    return {**data, "search": search}
+
+
+def _differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(set(old) | set(new)):
+            found |= _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if old == new else {path: (old, new)}
+
+
+def _run_token(run: RunFolder) -> str:
+    """A text that is the same whenever this run is continued, and no other run's."""
+    path = run.root / "token"
+    if not path.is_file():
+        import secrets
+
+        write_text(path, secrets.token_hex(16))
+    return path.read_text().strip()
+
+
+def _announce(prepared: Prepared, emit: Emit) -> None:
+    study, task = prepared.study, prepared.task
+    sizes = ", ".join(f"{name} {n:,}" for name, n in task.sizes.items())
+    emit(Event("stage", f"model {prepared.loaded.name}: {prepared.catalog.n_base:,} base parameters"))
+    emit(Event("stage", f"data {study.data.spec}: {len(task.classes)} classes, {sizes}"))
+    emit(
+        Event("stage", f"budget {prepared.budget}; the head's {prepared.catalog.n_head:,} are trained and not counted")
+    )
+    if prepared.probe is not None:
+        emit(Event("stage", f"head warmed up: ridge probe, cross-validated accuracy {prepared.probe.cv_accuracy:.3f}"))
+
+
+def _announce_effort(effort: Effort, study: Study, groups: tuple[Group, ...], emit: Emit) -> None:
+    text = f"{len(groups)} contenders, {study.search.trials} trials, {effort.epochs} epochs each"
+    if effort.planned_seconds:
+        text += f", {effort.planned_seconds:.0f} s planned"
+    emit(Event("stage", text))
+
+
+def _effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], run: RunFolder, spent: float) -> Effort:
+    """Planned once per run and kept, so that a continued run trains as long as before."""
+    path = run.root / "effort.json"
+    if path.is_file():
+        return decode(Effort, read_json(path), str(path))
+    effort = plan_effort(prepared, study, groups, spent)
+    write_json(path, encode(effort))
+    return effort
+
+
+def _run_baselines(
+    runner: Runner, study: Study, groups: tuple[Group, ...], effort: Effort, searcher: OptunaSearcher, run: RunFolder
+) -> None:
+    """Tune the contenders and tell the study; they are the first trials and do not count in `search.trials`."""
+    known = {trial.name for trial in searcher.finished() if trial.role != "trial"}
+    for index, group in enumerate(groups):
+        runner.emit(Event("progress", f"contender {group.name}", index, len(groups)))
+        if any(name == group.name or name in {c.name for c in group.candidates} for name in known):
+            continue
+        tuned = tune(runner, study, group, effort)
+        _tell_baseline(runner, searcher, group.role, tuned, run)
+
+
+def _tell_baseline(runner: Runner, searcher: OptunaSearcher, role: Role, tuned: Tuned, run: RunFolder) -> None:
+    allocation, outcome = tuned.candidate.allocation, tuned.outcome
+    values = baseline_values(searcher.space, tuned, is_default=role == "default")
+    rewards = tuned.study.reward.value(outcome) if outcome.status == "done" else ()
+    number = searcher.next_number()
+    plan = run.plan(number)
+    write_plan(as_plan(runner.prepared, tuned.study, allocation), plan)
+    searcher.add_finished(
+        make_trial(
+            runner.prepared,
+            run.root,
+            number,
+            tuned.candidate.name,
+            role,
+            values,
+            tuned.study,
+            allocation,
+            outcome,
+            rewards,
+            plan,
+        )
+    )
+
+
+def _finish(
+    runner: Runner, study: Study, searcher: OptunaSearcher, run: RunFolder, started: float, emit: Emit
+) -> Record:
+    """Retrain the winner and the best baselines, export the winner, write record and report."""
+    prepared = runner.prepared
+    trials = searcher.finished()
+    search_samples = runner.ledger.sample_epochs
+    winner = _best(runner, study, trials, ("trial", "default"))
+    if winner is None:
+        reasons = "; ".join(t.outcome.reason for t in trials if t.outcome.reason)
+        raise TrainingFailed(f"no plan could be trained: {reasons}")
+    baselines = _ranked(runner, study, trials, ("baseline",))[:_BASELINES_AT_END]
+    finalists = [_finalist(run, study, trial) for trial in (winner, *baselines)]
+    emit(Event("stage", f"finish: {', '.join(f.name for f in finalists)}, {study.search.seeds} seeds each"))
+    contenders = finish(runner, finalists[0], tuple(finalists[1:]), run.root)
+    costs = _costs(prepared, finalists[0], search_samples, runner.ledger.sample_epochs)
+    record = Record(
+        str(run.root),
+        study_to_dict(study),
+        model_facts(prepared),
+        data_facts(prepared),
+        budget_facts(prepared.budget),
+        trials,
+        winner.number,
+        contenders,
+        {},
+        costs,
+        environment_facts(prepared),
+        {name: round(value, 3) for name, value in prepared.seconds.items()},
+    )
+    seed = next(o.seed for o in contenders[0].outcomes if o.status == "done")
+    adapter = adapter_folder(run.root, finalists[0], seed) / "adapter.safetensors"
+    plan = read_plan(run.root / winner.plan)
+    exports = deliver(prepared, plan, adapter, record, run.exports, emit=emit)
+    record = with_exports(record, exports, run.root)
+    record = dataclasses.replace(record, seconds={**record.seconds, "total": round(time.perf_counter() - started, 3)})
+    dataflow(prepared.model, prepared.catalog, _example(prepared), run.graph)
+    publish(record, run, searcher, prepared.catalog)
+    return record
+
+
+def _ranked(runner: Runner, study: Study, trials: tuple[Trial, ...], roles: tuple[Role, ...]) -> list[Trial]:
+    """Finished trials of these roles, the best on the outer split first; ties to the earlier one."""
+    done = [t for t in trials if t.role in roles and t.outcome.status == "done"]
+    return sorted(done, key=lambda t: (*(-value for value in runner.rank(study, t.outcome)), t.number))
+
+
+def _best(runner: Runner, study: Study, trials: tuple[Trial, ...], roles: tuple[Role, ...]) -> Trial | None:
+    ranked = _ranked(runner, study, trials, roles)
+    return ranked[0] if ranked else None
+
+
+def _finalist(run: RunFolder, study: Study, trial: Trial) -> Finalist:
+    plan = read_plan(run.root / trial.plan)
+    trained = study_from_dict(plan.study)
+    search = dataclasses.replace(trained.search, seeds=study.search.seeds)
+    return Finalist(trial.name, trial.number, trial.role, dataclasses.replace(trained, search=search), plan.allocation)
+
+
+def _costs(prepared: Prepared, winner: Finalist, search: int, total: int) -> dict[str, float]:
+    """Samples seen per stage, and in one full training for comparison."""
+    sizes = prepared.task.sizes
+    return {
+        "scoring": float(prepared.sample_epochs),
+        "search": float(search),
+        "finish": float(total - search),
+        "full_training": float(winner.study.train.epochs * (sizes["inner"] + sizes["outer"])),
+    }
+
+
+def _example(prepared: Prepared) -> Tensor:
+    for images, _ in prepared.task.batches("inner", batch_size=1):
+        example: Tensor = images[:1].to(prepared.device)
+        return example
+    raise TrainingFailed("the inner split is empty")

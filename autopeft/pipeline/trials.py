@@ -1,0 +1,205 @@
+"""The trials of a search: ask, plan, train, tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autopeft.config.decode import study_to_dict
+from autopeft.config.spaces import load_space
+from autopeft.core.allocation import Allocation
+from autopeft.core.outcome import Outcome
+from autopeft.core.record import Role, Trial
+from autopeft.errors import InfeasibleBudget
+from autopeft.pipeline.effort import Effort
+from autopeft.pipeline.events import Event
+from autopeft.pipeline.knobs import apply_knobs
+from autopeft.pipeline.plan import make_plan
+from autopeft.pipeline.planfile import write_plan
+from autopeft.pipeline.planning import as_plan
+from autopeft.search.optuna_study import OptunaSearcher
+from autopeft.store.paths import RunFolder
+from autopeft.store.storage import default_url, masked_url
+
+if TYPE_CHECKING:
+    from autopeft.config.study import Study
+    from autopeft.pipeline.prepare import Prepared
+    from autopeft.pipeline.runner import Runner
+
+__all__ = ["TrialLoop", "make_trial", "open_searcher"]
+
+_POLL_SECONDS = 1.0
+
+
+def open_searcher(
+    prepared: Prepared,
+    study: Study,
+    run: RunFolder,
+    effort: Effort,
+    *,
+    storage: str | None = None,
+    name: str | None = None,
+) -> OptunaSearcher:
+    """Open or create the Optuna study of a run, with what a worker needs to join it.
+
+    Raises:
+        StaleRun: when a study of this name belongs to other settings.
+        StoreError: when the storage cannot be used.
+    """
+    url = storage or default_url(run.database)
+    return OptunaSearcher.open(
+        url,
+        name or run.root.resolve().name,
+        load_space(study.search.space),
+        seed=study.seed,
+        goal=study.reward.goals[0],
+        metric=study.reward.names[0],
+        max_epochs=effort.epochs,
+        identity={"catalog": prepared.catalog.fingerprint, "data": prepared.task.data_hash, "study": _identity(study)},
+        facts={
+            "model": prepared.loaded.name,
+            "data": study.data.spec,
+            "budget": str(prepared.budget),
+            "storage": masked_url(url),
+        },
+        payload={"study": study_to_dict(study), "effort": dataclasses.asdict(effort), "run": str(run.root.resolve())},
+    )
+
+
+def _identity(study: Study) -> dict[str, Any]:
+    """What may not differ between two processes of one study."""
+    data = study_to_dict(study)
+    data.pop("device", None)
+    data["search"] = {k: v for k, v in data["search"].items() if k not in ("trials", "time_limit")}
+    return data
+
+
+class TrialLoop:
+    """Runs trials of one study in this process.
+
+    Args:
+        runner: trains through the ledger.
+        study: the study without any knob set.
+        searcher: asks and is told.
+        effort: full fidelity in epochs.
+        run: the run folder.
+    """
+
+    def __init__(self, runner: Runner, study: Study, searcher: OptunaSearcher, effort: Effort, run: RunFolder) -> None:
+        self._runner = runner
+        self._study = study
+        self._searcher = searcher
+        self._effort = effort
+        self._run = run
+
+    def until(self, total: int, deadline: float | None = None, most: int | None = None) -> int:
+        """Run trials until the study has `total` that are complete, pruned or failed, whoever ran them.
+
+        Trials of dead processes are asked again first. When other processes still run the last ones, this waits.
+
+        Args:
+            total: trials in all, baselines not counted.
+            deadline: `time.perf_counter()` after which no trial is started.
+            most: trials that this process runs at most.
+
+        Returns:
+            Trials that this process ran.
+        """
+        done = 0
+        while most is None or done < most:
+            self._searcher.reap()
+            if deadline is not None and time.perf_counter() > deadline and done:
+                self._emit("stage", f"time limit: {self._searcher.count()} of {total} trials")
+                break
+            left = self._searcher.remaining(total)
+            if left <= 0:
+                if not self._searcher.others_running():
+                    break
+                time.sleep(_POLL_SECONDS)
+                continue
+            self._one(total)
+            done += 1
+        return done
+
+    def _one(self, total: int) -> None:
+        suggestion = self._searcher.ask()
+        number = suggestion.number
+        label = f"trial {number}"
+        self._runner.emit(Event("progress", label, self._searcher.count(), total))
+        study = apply_knobs(self._study, suggestion.values)
+        study = dataclasses.replace(study, train=dataclasses.replace(study.train, epochs=self._effort.epochs))
+        try:
+            allocation = make_plan(self._runner.prepared, study)
+        except InfeasibleBudget as error:
+            outcome = Outcome("failed", seed=study.seed, reason=str(error))
+            self._searcher.tell(number, outcome, ())
+            return
+        write_plan(as_plan(self._runner.prepared, study, allocation), self._run.plan(number))
+
+        def on_epoch(epoch: int, value: float) -> bool:
+            self._searcher.beat(number)
+            return self._searcher.report(number, epoch, value)
+
+        entry = self._runner.train(
+            study,
+            allocation,
+            label=label,
+            folder=self._run.trial(number),
+            watch="outer",
+            on_epoch=on_epoch,
+        )
+        rewards = study.reward.value(entry.outcome) if entry.outcome.status == "done" else ()
+        trial = make_trial(
+            self._runner.prepared,
+            self._run.root,
+            number,
+            label,
+            "trial",
+            suggestion.values,
+            study,
+            allocation,
+            entry.outcome,
+            rewards,
+            self._run.plan(number),
+        )
+        self._searcher.describe(trial)
+        self._searcher.tell(number, entry.outcome, rewards)
+
+    def _emit(self, kind: Any, text: str) -> None:
+        self._runner.emit(Event(kind, text))
+
+
+def make_trial(
+    prepared: Prepared,
+    root: Path,
+    number: int,
+    name: str,
+    role: Role,
+    values: Mapping[str, Any],
+    study: Study,
+    allocation: Allocation,
+    outcome: Outcome,
+    rewards: tuple[float, ...],
+    plan: Path,
+) -> Trial:
+    """One trial as the record keeps it."""
+    mix: dict[str, int] = {}
+    for option in allocation.options:
+        mix[option.method] = mix.get(option.method, 0) + option.cost.trainable
+    epochs = outcome.curve[-1][0] if outcome.status == "pruned" and outcome.curve else study.train.epochs
+    return Trial(
+        number,
+        name,
+        role,
+        dict(values),
+        allocation.digest,
+        allocation.spent,
+        mix,
+        outcome,
+        rewards,
+        epochs * prepared.task.sizes["inner"],
+        str(plan.relative_to(root)),
+    )
