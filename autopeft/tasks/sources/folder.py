@@ -38,13 +38,16 @@ def open_folder(path: Path) -> Source:
         what = "is a file, not a folder" if path.exists() else "does not exist"
         raise DataError(f"the data folder {path} {what}")
     named = {_PARTS[sub.name.lower()]: sub for sub in _folders(path) if sub.name.lower() in _PARTS}
-    if "train" in named:
+    if "train" in named or (named and set(named.values()) == set(_folders(path))):
         _refuse_twins(path, named)
         roots: dict[Part, Path] = {part: named[part] for part in ("train", "val", "test") if part in named}
     else:
+        _refuse_wrapper(path)
         roots = {"all": path}
     found = {part: _images(root) for part, root in roots.items()}
-    _refuse_nothing(path, roots, found)
+    for part, files in found.items():
+        if not files:
+            raise DataError(f"no images in class folders below {roots[part]} (looked for {_endings()})")
     classes = tuple(sorted({file.parent.name for files in found.values() for file in files}, key=natural_key))
     index = {name: label for label, name in enumerate(classes)}
     parts: dict[Part, tuple[Sample, ...]] = {
@@ -62,7 +65,10 @@ def open_folder(path: Path) -> Source:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(sub for sub in path.iterdir() if sub.is_dir() and not _hidden(sub.name))
+    try:
+        return sorted(sub for sub in path.iterdir() if sub.is_dir() and not _hidden(sub.name))
+    except OSError as error:
+        raise DataError(f"cannot list the data folder {path}: {error.strerror or error}") from error
 
 
 def _hidden(name: str) -> bool:
@@ -78,7 +84,7 @@ def _images(root: Path) -> list[Path]:
             raise DataError(f"the class folder {folder} holds no images; remove it or add some ({_endings()})")
         if Path(folder) == root and images:
             raise DataError(
-                f"{root} holds images directly, such as {images[0]}; put the images of each class into their own folder"
+                f"{root} holds images directly, such as {min(images)}; put the images of each class into a folder"
             )
         files += [Path(folder, name) for name in images]
     return sorted(files, key=lambda file: natural_key(str(file)))
@@ -96,10 +102,8 @@ def _refuse_twins(path: Path, named: dict[Part, Path]) -> None:
             raise DataError(f"{path} has two folders for its {part} part, {named[part].name} and {sub.name}; keep one")
 
 
-def _refuse_nothing(path: Path, roots: dict[Part, Path], found: dict[Part, list[Path]]) -> None:
-    for part, files in found.items():
-        if files:
-            continue
-        inner = [sub for sub in _folders(path) if (sub / "train").is_dir()]
-        hint = f"; did you mean {inner[0]}?" if inner else f" in class folders ({_endings()})"
-        raise DataError(f"no images below {roots[part]}{hint}")
+def _refuse_wrapper(path: Path) -> None:
+    """Refuse the folder above the right one: train and val would be walked as one tree and mixed."""
+    inner = _folders(path)
+    if len(inner) == 1 and any(_PARTS.get(sub.name.lower()) == "train" for sub in _folders(inner[0])):
+        raise DataError(f"{path} holds nothing but {inner[0].name}, which has a train part; did you mean {inner[0]}?")
