@@ -44,8 +44,9 @@ def dataflow(
         model: the plain model; left as it was found.
         catalog: its catalogue.
         example: images (B, C, H, W); None takes the size that the model declares.
-        cache: folder for the result, under a name that holds the catalogue's fingerprint; read back when present and
-            made again when unreadable. None keeps nothing.
+        cache: folder for the result, which is put there under a name that holds the catalogue's fingerprint, or the
+            `.json` file itself. Read back when present; made again when unreadable or of another fingerprint. None
+            keeps nothing.
 
     Returns:
         The graph.
@@ -53,7 +54,9 @@ def dataflow(
     Raises:
         UsageError: when no example can be made, or the model runs on none.
     """
-    path = cache / f"dataflow-{catalog.fingerprint}.json" if cache is not None else None
+    path = cache
+    if cache is not None and cache.suffix != ".json":
+        path = cache / f"dataflow-{catalog.fingerprint}.json"
     if path is not None and path.exists():
         graph = _read(path, catalog)
         if graph is not None:

@@ -138,6 +138,16 @@ def test_cache_is_read_back_and_not_captured_again(tmp_path: Path, monkeypatch: 
     assert second.graph == first.graph
 
 
+def test_cache_may_be_one_file_and_is_made_again_for_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "graph.json"
+    for model in (tiny_convnet(), tiny_vit()):
+        catalog = scan(model)
+        first = dataflow(model, catalog, cache=path)
+        assert first.graph["fingerprint"] == catalog.fingerprint
+        assert path.is_file()
+        assert nx.utils.graphs_equal(first, dataflow(model, catalog, cache=path))
+
+
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"schema": "other/1"}', '{"schema": "autopeft.dataflow/1", "graph": {}}']
 )
