@@ -21,7 +21,7 @@ class DataOptions:
 
     Attributes:
         batch_size: samples per batch.
-        val_frac: see `autopeft.tasks.splits.CutRule`, as the three below.
+        val_frac: see `autopeft.tasks.cut.CutRule`, as the three below.
         test_frac: share of one tree that becomes test.
         max_samples: at most this many samples of the source are used.
         max_inner: at most this many samples stay in inner.

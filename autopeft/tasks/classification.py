@@ -17,9 +17,10 @@ from autopeft.store.paths import RunFolder
 from autopeft.tasks._labelled import Batch, LabelledTask, Row
 from autopeft.tasks._options import DataOptions
 from autopeft.tasks._pixels import PixelStore, Preprocessing
+from autopeft.tasks.cut import CutRule, cut
 from autopeft.tasks.sources.open import open_source
 from autopeft.tasks.sources.source import Sample, Source
-from autopeft.tasks.splits import CutRule, Splits, cut
+from autopeft.tasks.splits import Splits
 
 __all__ = ["Augment", "Classification"]
 
