@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -166,18 +167,26 @@ class ScorerLaws:
     def _grounds(self) -> Iterator[tuple[nn.Module, Catalog]]:
         """The tiny models, in a state that no scorer would leave behind by chance."""
         for name in self.models:
-            model = tiny_vit() if name == "vit" else tiny_convnet()
-            catalog = scan(model)
+            model = _made(name)
             for i, module in enumerate(model.modules()):
                 module.training = i % 3 == 0
             for i, p in enumerate(model.parameters()):
                 p.requires_grad_(i % 2 == 0)
                 if i % 4 == 0:
                     p.grad = torch.full_like(p, 0.5)
-            yield model, catalog
+            yield model, _catalog(name)
 
     def _score(self, model: nn.Module, catalog: Catalog) -> Scores:
         return self.make().score(model, catalog, ToyTask(), _SEED)
+
+
+def _made(name: str) -> nn.Module:
+    return tiny_vit() if name == "vit" else tiny_convnet()
+
+
+@functools.cache
+def _catalog(name: str) -> Catalog:
+    return scan(_made(name))
 
 
 class _Interrupted(Exception):
