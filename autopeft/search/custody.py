@@ -31,6 +31,7 @@ class Custody:
         self._where = where
         self._trials: dict[int, Trial] = {}
         self._beaten: dict[int, float] = {}
+        self._steps: dict[int, set[int]] = {}
         self._heart = Heart(self.beat_all, seconds)
 
     def __contains__(self, number: object) -> bool:
@@ -50,10 +51,18 @@ class Custody:
             trial.set_user_attr("lease", self.holder.lease())
         self._heart.start()
 
+    def first_report(self, number: int, step: int) -> bool:
+        """Whether a trial reports this step for the first time; Optuna warns at the second."""
+        known = self._steps.setdefault(number, set())
+        new = step not in known
+        known.add(step)
+        return new
+
     def drop(self, number: int) -> None:
         """A trial that runs no longer."""
         self._trials.pop(number, None)
         self._beaten.pop(number, None)
+        self._steps.pop(number, None)
         self.holder.numbers.discard(number)
         if not self._trials:
             self._heart.stop()

@@ -187,10 +187,7 @@ class OptunaSearcher(Board):
             return trial.user_attrs.get("role") == "trial"
         try:
             with calm(self._where):
-                frozen = self._frozen(number)
-                if frozen.state.is_finished():
-                    return True
-                if step not in frozen.intermediate_values:
+                if self._custody.first_report(number, step):
                     trial.report(value, step)
                 return trial.should_prune()
         except UpdateFinishedTrialError:
