@@ -46,7 +46,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(6) from None
         except typer.Exit:
             raise
-        except Exception as error:  # noqa: BLE001 - the outermost frame: a bug must still end in one sentence
+        except Exception as error:
+            # The outermost frame: a bug must still end in one sentence.
             if os.environ.get("AUTOPEFT_DEBUG"):
                 raise
             where = _keep_traceback()

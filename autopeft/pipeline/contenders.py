@@ -158,6 +158,8 @@ def _single_methods(prepared: Prepared, study: Study) -> Iterable[Candidate]:
 
 
 def _spt(prepared: Prepared, study: Study) -> Iterable[Candidate]:
+    if "lora" not in study.methods:
+        return
     scores = spt_scores(prepared.scores)
     fused: Fused = "slices"
     sites = {site.name: site for site in prepared.catalog.candidates(fused)}

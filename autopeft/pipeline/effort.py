@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,8 +46,8 @@ class Effort:
 
     @classmethod
     def of(cls, epochs: int) -> Effort:
-        """The effort of a given number of epochs; a rung is a third of it."""
-        return cls(epochs, max(1, math.ceil(epochs / 3)))
+        """The effort of a given number of epochs; a rung is a third of it, at least one epoch."""
+        return cls(epochs, max(1, epochs // 3))
 
 
 def plan_effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], spent_seconds: float) -> Effort:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from autopeft.allocation.gain import build_menu
 from autopeft.allocation.indices import attach_indices
+from autopeft.allocation.spt import SPT
 from autopeft.core.allocation import Allocation
 from autopeft.core.menu import Menu
 from autopeft.errors import InfeasibleBudget
@@ -45,7 +47,11 @@ def make_plan(prepared: Prepared, study: Study | None = None) -> Allocation:
     """
     study = study or prepared.study
     menu = make_menu(prepared, study)
-    allocation = study.allocator.allocate(menu, prepared.budget, study.seed)
+    allocator = study.allocator
+    if isinstance(allocator, SPT) and not allocator.methods:
+        # It prices modules and vectors itself, and must not buy a method that this study does not have.
+        allocator = dataclasses.replace(allocator, methods=study.methods)
+    allocation = allocator.allocate(menu, prepared.budget, study.seed)
     return attach_indices(allocation, study.methods, prepared.scores)
 
 

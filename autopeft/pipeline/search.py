@@ -247,7 +247,7 @@ def _finish(
     exports = deliver(prepared, plan, adapter, record, run.exports, emit=emit)
     record = with_exports(record, exports, run.root)
     record = dataclasses.replace(record, seconds={**record.seconds, "total": round(time.perf_counter() - started, 3)})
-    dataflow(prepared.model, prepared.catalog, _example(prepared), run.graph)
+    dataflow(prepared.model, prepared.catalog, _example(prepared), run.root / "graph")
     publish(record, run, searcher, prepared.catalog)
     return record
 

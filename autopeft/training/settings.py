@@ -50,12 +50,12 @@ class LearningRates:
     """
 
     head: float = 1e-3
-    matrix: float = 2e-3
-    core: float = 1e-2
-    entries: float = 3e-3
-    vector: float = 3e-3
-    adapter: float = 2e-3
-    tokens: float = 3e-3
+    matrix: float = 5e-3
+    core: float = 2e-2
+    entries: float = 5e-3
+    vector: float = 5e-3
+    adapter: float = 3e-3
+    tokens: float = 5e-3
 
     FAMILIES: ClassVar[tuple[str, ...]] = ("matrix", "core", "entries", "vector", "adapter", "tokens")
     """The families a method may belong to."""
