@@ -9,8 +9,8 @@ from typing import Any
 from autopeft.core.codec import encode
 from autopeft.core.contracts import Inserted
 from autopeft.core.record import Record
+from autopeft.export._files import write_tensors
 from autopeft.store.atomic import write_json
-from autopeft.training.checkpoint import save_adapter
 
 __all__ = ["NativeExport"]
 
@@ -30,8 +30,9 @@ class NativeExport:
 
     def export(self, inserted: Inserted, record: Record, folder: Path) -> tuple[Path, ...]:
         """Write the folder; the plan is written by whoever knows its settings."""
-        adapter = save_adapter(inserted, folder / "adapter.safetensors")
         allocation = inserted.allocation
+        header = {"format": "autopeft.adapter/1", "plan": allocation.digest}
+        adapter = write_tensors(folder / "adapter.safetensors", inserted.state(), header)
         metadata: dict[str, Any] = {
             "schema": self.SCHEMA,
             "plan": allocation.digest,
