@@ -48,7 +48,9 @@ class SparseLinear(Function):
             block = _block(values, row_of, col_of, ctx.row_count, len(columns)).to(grad.dtype)
             grad_x = torch.zeros_like(x).index_add(-1, columns, (grad @ block).to(x.dtype))
         if ctx.needs_input_grad[1]:
-            grad_values = _gathered(grad.flatten(0, -2), x.flatten(0, -2), row_of, columns[col_of], values.dtype)
+            grad_values = _gathered(
+                grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), row_of, columns[col_of], values.dtype
+            )
         return grad_x, grad_values, None, None, None, None
 
 
