@@ -6,7 +6,6 @@ import logging
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -25,37 +24,20 @@ from autopeft.search.custody import Custody
 from autopeft.search.entry import attributes
 from autopeft.search.fidelity import Rungs
 from autopeft.search.history import role_of, with_state
-from autopeft.search.identity import claim, read_attribute, write_attribute
 from autopeft.search.knobs import complete_values, suggest_all
 from autopeft.search.listing import read_payload
 from autopeft.search.liveness import give_up, is_alive
+from autopeft.search.opening import open_study
 from autopeft.search.pruner import RungPruner
 from autopeft.search.sampler import HistorySampler
-from autopeft.store.storage import masked_url, open_storage
+from autopeft.search.suggested import Suggested
+from autopeft.store.storage import masked_url
 
 __all__ = ["OptunaSearcher", "Suggested", "read_payload"]
 
 _log = logging.getLogger(__name__)
 
 _STATES = {"pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-
-
-@dataclass(frozen=True, slots=True)
-class Suggested:
-    """A trial to run.
-
-    Attributes:
-        number: its number in the study.
-        values: every knob with its value.
-        origin: number of the trial whose process died and that this one stands in for; its own number otherwise. A
-            checkpoint of the origin can be continued.
-        attempt: how often it has been begun, this time included.
-    """
-
-    number: int
-    values: Mapping[str, Value]
-    origin: int
-    attempt: int = 1
 
 
 class OptunaSearcher(Board):
@@ -119,28 +101,19 @@ class OptunaSearcher(Board):
         if goal not in ("maximize", "minimize"):
             raise UsageError(f"a goal is maximize or minimize, got {goal!r}")
         rungs = Rungs(max_epochs, eta, min_epochs)
-        sampler = HistorySampler(space, seed, startup)
-        where = masked_url(url)
-        storage = open_storage(url)
-        with calm(where):
-            study = optuna.create_study(
-                storage=storage,
-                study_name=name,
-                direction=StudyDirection[goal.upper()],
-                sampler=sampler,
-                pruner=RungPruner(rungs),
-                load_if_exists=True,
-            )
-            own = {"space": encode(space), "goal": goal, "metric": metric, "rungs": encode(rungs), "seed": seed}
-            claim(study, {**(identity or {}), "search": own})
-            if payload is not None and read_attribute(study, "payload") is None:
-                write_attribute(study, "payload", payload)
-            known = study.user_attrs
-            for key, value in (facts or {}).items():
-                if known.get(key) != value:
-                    study.set_user_attr(key, value)
-            if metric and study.metric_names != [metric]:
-                study.set_metric_names([metric])
+        own = {"space": encode(space), "goal": goal, "metric": metric, "rungs": encode(rungs), "seed": seed}
+        sampler, where = HistorySampler(space, seed, startup), masked_url(url)
+        study = open_study(
+            url,
+            name,
+            StudyDirection[goal.upper()],
+            sampler,
+            RungPruner(rungs),
+            identity={**(identity or {}), "search": own},
+            facts=facts or {},
+            payload=payload,
+            metric=metric,
+        )
         return cls(study, space, sampler, where)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class NotebookSearcher:
         assert knob.low is not None
         assert knob.high is not None
         if knob.log:
-            return min(max(knob.low * (knob.high / knob.low) ** rng.random(), knob.low), knob.high)
+            return math.exp(rng.uniform(math.log(knob.low) + 1e-9, math.log(knob.high) - 1e-9))
         return rng.uniform(knob.low, knob.high)
 
     def _read(self) -> list[dict[str, Any]]:
