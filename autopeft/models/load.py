@@ -46,7 +46,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     if not seen.watched:
         raise UsageError(
             f"the model {spec.spec!r} does not run on images of {size[1]} x {size[2]} pixels with {size[0]} channels: "
-            f"{seen.reason}; give another image size"
+            f"{seen.reason.rstrip('.')}; give another image size"
         )
     return loaded
 

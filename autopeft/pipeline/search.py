@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autopeft.config.decode import study_from_dict, study_to_dict, study_to_yaml
@@ -71,25 +74,45 @@ def run_search(
         Preempted: when a signal asked to stop; the same command continues.
     """
     started = time.perf_counter()
+    missing = [folder for folder in (run.root, *run.root.absolute().parents) if not folder.exists()]
     run.create()
     with RunLock(run.lock), preemptible():
-        _claim(study, run)
-        emit(Event("stage", f"run folder {run.root}"))
-        prepared = prepare(study, run.root, {"unseal_token": _run_token(run)})
-        _announce(prepared, emit)
-        write_json(run.environment, environment_facts(prepared))
-        write_json(run.catalog, encode(prepared.catalog))
-        groups = contender_groups(prepared, study)
-        runner = Runner(prepared, Ledger(run.trials.parent / "ledger"), emit)
-        effort = _effort(prepared, study, groups, run, time.perf_counter() - started)
-        _announce_effort(effort, study, groups, emit)
-        searcher = open_searcher(prepared, study, run, effort, storage=storage, name=study_name)
+        with _removed_on_failure(missing):
+            _claim(study, run)
+            emit(Event("stage", f"run folder {run.root}"))
+            prepared = prepare(study, run.root, {"unseal_token": _run_token(run)})
+            _announce(prepared, emit)
+            groups = contender_groups(prepared, study)
+            write_json(run.environment, environment_facts(prepared))
+            write_json(run.catalog, encode(prepared.catalog))
+            effort = _effort(prepared, study, groups, run, time.perf_counter() - started)
+            _announce_effort(effort, study, groups, emit)
+            searcher = open_searcher(prepared, study, run, effort, storage=storage, name=study_name)
+        runner = Runner(prepared, Ledger(run.root / "ledger"), emit)
         _run_baselines(runner, study, groups, effort, searcher, run)
         deadline = None
         if study.search.time_limit is not None:
             deadline = started + study.search.time_limit - finish_seconds(prepared, study, effort) / 0.9
         TrialLoop(runner, study, searcher, effort, run).until(study.search.trials, deadline)
         return _finish(runner, study, searcher, run, started, emit)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(missing: Sequence[Path]) -> Iterator[None]:
+    """Take a new run folder away again when the run cannot even begin; a folder that was there stays.
+
+    Args:
+        missing: the folders that did not exist before, the run folder first.
+    """
+    try:
+        yield
+    except BaseException:
+        if missing:
+            shutil.rmtree(missing[0], ignore_errors=True)
+        for folder in missing[1:]:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _claim(study: Study, run: RunFolder) -> None:

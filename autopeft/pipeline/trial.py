@@ -113,6 +113,11 @@ def run_trial(
                 checkpoint=checkpoint,
                 max_epochs=max_epochs,
             )
+            evaluation = None
+            metrics: dict[str, float] = {}
+            if not result.stopped:
+                evaluation = evaluate(inserted.model, prepared.task, measure, prepared.device)
+                metrics = {**evaluation.metrics, **study.reward.measure(inserted.model, prepared.task, measure)}
         except TrainingFailed as error:
             outcome = Outcome(
                 "failed", trainable=found, seconds=time.perf_counter() - start, seed=seed, reason=str(error)
@@ -124,7 +129,7 @@ def run_trial(
             adapter = save_adapter(inserted, folder / "adapter.safetensors")
             saved = trainable_in_file(adapter)
         count_four_times(allocation, found, result.optimised, saved)
-        if result.stopped:
+        if evaluation is None:
             outcome = Outcome(
                 "pruned",
                 curve=result.curve,
@@ -135,11 +140,9 @@ def run_trial(
                 reason=f"stopped after {result.epochs} epochs",
             )
             return TrialResult(outcome, None, adapter, result.sample_epochs)
-        evaluation = evaluate(inserted.model, prepared.task, measure, prepared.device)
-        extra = study.reward.measure(inserted.model, prepared.task, measure)
         outcome = Outcome(
             "done",
-            metrics={**evaluation.metrics, **extra},
+            metrics=metrics,
             curve=result.curve,
             trainable=found,
             seconds=time.perf_counter() - start,
