@@ -93,5 +93,5 @@ def measure(settings: Gradient, model: nn.Module, catalog: Catalog, task: Task, 
                 n_channels = blocks[key][0].shape[0] if parameter is None else 0
                 shape = torch.Size((n_channels, n_channels)) if parameter is None else parameter.shape
                 moments[key] = Moments(shape, like if parameter is None else parameter, settings.halves)
-            known[key] = moments.pop(key).known((samples[0], samples[1]), units)
+            known[key] = moments.pop(key).known((samples[0], samples[1]))
     return Measured(hosts, known, sum(samples), units, time.perf_counter() - start)

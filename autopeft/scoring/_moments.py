@@ -40,22 +40,18 @@ class Moments:
         """The squares of the gradients of several samples along axis 0."""
         self.second.add_(gradients.to(self.second.dtype).square().sum(0))
 
-    def known(self, samples: tuple[int, int], units: int) -> Known:
-        """The means, on the CPU. The sums are spent.
+    def known(self, samples: tuple[int, int]) -> Known:
+        """Mean gradients over so many samples in each half of the pass, and the sum of squares, on the CPU.
 
-        Args:
-            samples: samples in each half of the pass.
-            units: gradients that were squared.
+        The sums are spent: the mean of squares is left to those who need it, as one more copy of the model.
         """
         total = self.first[0] if len(self.first) == 1 else self.first[0] + self.first[1]
-        score = self.second.cpu()
         halves = (
             [half.div_(n).cpu() for half, n in zip(self.first, samples, strict=True)] if len(self.first) == 2 else []
         )
         return Known(
             signal=total.div_(sum(samples)).cpu(),
-            score=score,
+            score=self.second.cpu(),
             half_a=halves[0] if halves else None,
             half_c=halves[1] if halves else None,
-            square=score / units,
         )

@@ -40,7 +40,8 @@ class Fisher:
     output matrices of blocks have one of their own.
 
     Attributes:
-        gradient: the pass over the data. Its halves are preconditioned like the signal, which is their mean.
+        gradient: the pass over the data. Its halves are preconditioned like the signal, which is their mean; the mean
+            of squares is always kept, as `square`.
         power: exponent of the second moment, from 0 to 1.
         damping: share of the mean second moment that is added to each.
     """
@@ -68,11 +69,12 @@ class Fisher:
             AutopeftError: as `Gradient.score` does.
         """
         found = measure(self.gradient, model, catalog, task, seed)
-        scale = found.samples / found.units
         known: dict[str, Known] = {}
+        squares = {key: replace(k, square=k.score.div_(found.units)) for key, k in found.known.items()}
         outputs = {site.name for site in found.hosts.blocks} & set(found.known)
         for keys in (set(found.known) - outputs, outputs):
-            known |= self._preconditioned({key: found.known[key] for key in found.known if key in keys}, scale)
+            part = {key: k for key, k in squares.items() if key in keys}
+            known |= self._preconditioned(part, found.samples / found.units)
         return assemble(catalog, found.hosts, known, found.origin(self, catalog, task))
 
     def _preconditioned(self, known: Mapping[str, Known], scale: float) -> dict[str, Known]:

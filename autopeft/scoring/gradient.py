@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import nn
@@ -30,7 +30,7 @@ class Gradient:
 
     - `score`: `sum_b g_b^2`, what SPT ranks entries by;
     - `signal`: the mean gradient over all samples, `half_a` and `half_c` that over each half of the batches;
-    - `square`: `mean_b g_b^2`.
+    - `square`: `mean_b g_b^2`, where asked for.
 
     For a residual block, slot `output` holds the same of the (channels, channels) matrix `sum_t dL/dy_t y_t^T` over
     its output's tokens t: the gradient of a linear map after the block.
@@ -52,6 +52,7 @@ class Gradient:
         order: `shuffled` draws batches as training does, augmentation included, with the study's seed; `file` takes
             the first samples of the split in file order without augmentation, as SPT's code does.
         halves: whether mean gradients of both halves are kept, for choosing on one and valuing on the other.
+        squares: whether the mean of squares is kept beside their sum.
         blocks: whether the output matrices of residual blocks are kept.
         chunk: samples whose gradients of one tensor are formed together, in mode `per_sample`; results do not depend
             on it.
@@ -63,6 +64,7 @@ class Gradient:
     max_samples: int | None = 512
     order: Order = "shuffled"
     halves: bool = False
+    squares: bool = False
     blocks: bool = True
     chunk: int = 8
 
@@ -93,4 +95,7 @@ class Gradient:
             UsageError: when the catalogue is of another model, or the model uses reentrant checkpointing.
         """
         found = measure(self, model, catalog, task, seed)
-        return assemble(catalog, found.hosts, found.known, found.origin(self, catalog, task))
+        known = found.known
+        if self.squares:
+            known = {key: replace(k, square=k.score / found.units) for key, k in known.items()}
+        return assemble(catalog, found.hosts, known, found.origin(self, catalog, task))

@@ -29,7 +29,7 @@ FIELDS = ("value", "signal", "score", "half_a", "half_c", "square")
 def scored() -> tuple[Scores, Catalog]:
     model = tiny_vit()
     catalog = scan(model)
-    return Gradient(halves=True).score(model, catalog, ToyTask()), catalog
+    return Gradient(halves=True, squares=True).score(model, catalog, ToyTask()), catalog
 
 
 @pytest.mark.parametrize("scorer", [Gradient(halves=True), Fisher(), Magnitude()])

@@ -15,7 +15,7 @@ from autopeft.scoring.gradient import Gradient
 from autopeft.testing.tiny import tiny_vit
 
 FILE = Gradient(batch_size=2, order="file", halves=True)
-PARTS = Gradient(batch_size=4, order="file", halves=True)
+PARTS = Gradient(batch_size=4, order="file", halves=True, squares=True)
 
 
 @pytest.fixture

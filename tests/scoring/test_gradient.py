@@ -51,7 +51,7 @@ def test_equals_autograd(
     """Every moment of every tensor, against one autograd call per batch; the last batch is smaller."""
     model, task = make().double(), noise_task(10)
     catalog = scan(model)
-    scores = dataclasses.replace(FILE, halves=True).score(model, catalog, task)
+    scores = dataclasses.replace(FILE, halves=True, squares=True).score(model, catalog, task)
     batches = [(b, len(b[0])) for b in task.batches("inner", None, 4)]
     gradients = [gradients_of(model, task, b) for b, _ in batches]
     sizes = [n for _, n in batches]
@@ -234,7 +234,7 @@ def test_t4_fused_equals_split(noise_task: Callable[..., Any]) -> None:
             for j, part in enumerate("qkv"):
                 view = one.evidence[f"{name}.qkv[{part}]"][slot]
                 torch.testing.assert_close(view.score, parts[j], rtol=1e-8, atol=1e-20)
-                for field in ("score", "signal", "square", "value"):
+                for field in ("score", "signal", "value"):
                     whole_field = getattr(one.evidence[f"{name}.qkv"][slot], field)
                     same = getattr(view, field).untyped_storage().data_ptr()
                     assert same == whole_field.untyped_storage().data_ptr()

@@ -20,7 +20,7 @@ from autopeft.scoring._per_sample import PerSample
 from autopeft.scoring.gradient import Gradient
 from autopeft.testing.tiny import tiny_convnet, tiny_vit
 
-SAMPLES = Gradient(mode="per_sample", batch_size=4, order="file", halves=True)
+SAMPLES = Gradient(mode="per_sample", batch_size=4, order="file", halves=True, squares=True)
 
 
 def exact(model: nn.Module, task: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -167,7 +167,7 @@ def test_block_outputs(make: Callable[[], nn.Module], noise_task: Callable[..., 
     model, task = make().double(), noise_task(5)
     catalog = scan(model)
     together = SAMPLES.score(model, catalog, task)
-    alone = Gradient(batch_size=1, order="file").score(model, catalog, task)
+    alone = Gradient(batch_size=1, order="file", squares=True).score(model, catalog, task)
     for site in catalog:
         if site.kind == "block":
             for field in ("signal", "score", "square"):
