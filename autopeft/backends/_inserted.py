@@ -100,8 +100,11 @@ class NativeInserted:
         for module in self._base.values():
             asked = self._train_batch_norm if isinstance(module, _BatchNorm) else self._base_dropout
             module.training = mode and asked
-        for part in (*self._adapters.values(), *self._heads.values()):
-            part.train(mode)
+        for name, module in self._model.named_modules():
+            if name.rpartition(".")[2] == CHILD:
+                module.train(mode)
+        for head in self._heads.values():
+            head.train(mode)
 
     def state(self) -> dict[str, Tensor]:
         """Copies on the CPU of all that must be saved, by stable names; see `Inserted.state`.
