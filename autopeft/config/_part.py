@@ -124,12 +124,19 @@ class _Choice:
     kinds: tuple[Any, ...]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        names = [getattr(kind, "__name__", str(kind)) for kind in self.kinds]
+        names = [_spoken(kind) for kind in self.kinds]
         return core_schema.union_schema(
             [handler.generate_schema(kind) for kind in self.kinds],
             custom_error_type="choice",
             custom_error_message=f"expected {' or '.join(names)}",
         )
+
+
+def _spoken(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names[kind] if kind in names else str(getattr(kind, "__name__", kind))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

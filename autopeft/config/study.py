@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -212,11 +213,18 @@ class Study:
     @classmethod
     def marker(cls, name: str) -> Plugin | PluginTable | None:
         """How a field holds plug-ins; None for a field that holds none."""
-        annotation = typing.get_type_hints(cls, include_extras=True)[name]
-        marks = getattr(annotation, "__metadata__", ())
-        return next((mark for mark in marks if isinstance(mark, Plugin | PluginTable)), None)
+        return _markers()[name]
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The fields' names, in order."""
         return tuple(f.name for f in dataclasses.fields(cls))
+
+
+@functools.cache
+def _markers() -> dict[str, Plugin | PluginTable | None]:
+    hints = typing.get_type_hints(Study, include_extras=True)
+    marks = {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(Study)}
+    return {
+        name: next((m for m in found if isinstance(m, Plugin | PluginTable)), None) for name, found in marks.items()
+    }

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from autopeft.config.override import override
+from autopeft.config.spaces import load_space, space_names, spaces_folder
+from autopeft.config.study import Study
+from autopeft.errors import UsageError
+
+
+def test_the_named_spaces() -> None:
+    assert space_names() == ("core_only", "lora_only", "mixed_methods")
+
+
+@pytest.mark.parametrize("name", ["core_only", "lora_only", "mixed_methods"])
+def test_every_knob_leads_somewhere_in_the_study(default: Study, name: str) -> None:
+    space = load_space(name)
+    assert 8 <= len(space) <= 16
+    assert set(space.defaults) == {knob.path for knob in space}
+    assert override(default, space.defaults).train == default.train, "learning rates start at their defaults"
+    for knob in space:
+        for value in (knob.low, knob.high, *knob.choices):
+            if value is not None:
+                override(default, {knob.path: value})
+
+
+@pytest.mark.parametrize("name", ["core_only", "lora_only", "mixed_methods"])
+def test_the_defaults_leave_every_gain_as_it_is(default: Study, name: str) -> None:
+    gain = override(default, load_space(name).defaults).gain
+    assert gain.correct(0.04, "lora", "qkv", 0.5) == default.gain.correct(0.04, "lora", "qkv", 0.5)
+
+
+def test_the_mixed_space_is_relative_to_core() -> None:
+    paths = [knob.path for knob in load_space("mixed_methods")]
+    assert "gain.methods.core" not in paths
+    knob = next(k for k in load_space("mixed_methods") if k.path == "gain.methods.lora")
+    assert (knob.low, knob.high, knob.log, knob.default) == (0.125, 8.0, True, 1.0)
+    assert math.isclose(math.sqrt(0.125 * 8.0), 1.0), "the default is the middle of the logarithmic range"
+
+
+def test_a_space_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("train.amp: {choices: [off, bf16]}\ngain.exponent: {low: 1e-1, high: 1}\nn: {choices: [1, 2.5]}\n")
+    space = load_space(str(path))
+    assert [knob.choices for knob in space] == [("off", "bf16"), (), (1, 2.5)]
+    assert (space.knobs[1].low, space.knobs[1].high, space.knobs[1].default) == (0.1, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a mapping of dotted paths to ranges"),
+        ("[1]", "a mapping of dotted paths to ranges"),
+        ("a.b: 3", "knob 'a.b' needs low and high, or choices, got 3"),
+        ("a.b: {low: 1, hihg: 2}", r"mine\.yaml: a\.b has no key 'hihg'\. Did you mean 'high'\?"),
+        ("a.b: {low: 1}", "knob 'a.b' needs either low and high, or choices"),
+        ("a.b: {low: x, high: 2}", r"a\.b\.low: expected a number, got 'x'"),
+        ("a.b: {path: c, low: 1, high: 2}", "knob 'a.b' needs low and high"),
+        ("a.b: {low: 1, high: 2}\na.b: {low: 1, high: 3}", "line 2, column 1: the key 'a.b' stands twice"),
+    ],
+)
+def test_a_file_that_is_no_space(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_space(str(path))
+
+
+def test_a_space_nobody_knows() -> None:
+    with pytest.raises(UsageError, match=r"no search space is called 'mixed_method'\. Did you mean 'mixed_methods'\?"):
+        load_space("mixed_method")
+    with pytest.raises(UsageError, match=r"cannot read the search space none\.yaml: No such file"):
+        load_space("none.yaml")
+
+
+def test_spaces_lie_beside_the_package_in_a_checkout_and_inside_it_in_a_wheel(tmp_path: Path) -> None:
+    package = tmp_path / "site-packages" / "autopeft"
+    package.mkdir(parents=True)
+    with pytest.raises(UsageError, match="install it again"):
+        spaces_folder(package)
+    (package.parent / "search_spaces").mkdir()
+    assert spaces_folder(package) == package.parent / "search_spaces"
+    (package / "_spaces").mkdir()
+    assert spaces_folder(package) == package / "_spaces"
