@@ -13,8 +13,8 @@ __all__ = ["captured", "energy", "squared_singular_values"]
 def squared_singular_values(matrix: Tensor) -> Tensor:
     """Squared singular values of a matrix, decreasing, float64, shape (min(rows, columns),).
 
-    They are the eigenvalues of the smaller Gram matrix, which is several times cheaper than a singular value
-    decomposition and as exact: what is wanted is the squares.
+    They are the eigenvalues of the smaller Gram matrix, which costs what a singular value decomposition in float32
+    does and is exact to float64's rounding of the largest one: what is wanted is the squares.
     """
     m = matrix.detach().to(device="cpu", dtype=torch.float64)
     if m.shape[0] < m.shape[1]:

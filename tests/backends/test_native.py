@@ -424,12 +424,12 @@ def test_a_part_of_a_borrowed_model_stays_borrowed(vit, plan, methods) -> None:
     wrapper.inner, wrapper.fc = vit, nn.Linear(4, 2)
     catalog = scan(vit)
     outer = Catalog((Site("fc", "fc", "linear", (2, 4), True, 0, "other", ("weight",)),), (), 10, 0, 1)
-    with Native().insert(vit, catalog, plan(catalog, ("blocks.0.attn.qkv", "lora", 2)), methods):
-        with (
-            pytest.raises(UsageError, match=r"\(inner\) has adapters in it already"),
-            Native().insert(wrapper, outer, Allocation((), Budget(1)), methods),
-        ):
-            pass
+    with (
+        Native().insert(vit, catalog, plan(catalog, ("blocks.0.attn.qkv", "lora", 2)), methods),
+        pytest.raises(UsageError, match=r"\(inner\) has adapters in it already"),
+        Native().insert(wrapper, outer, Allocation((), Budget(1)), methods),
+    ):
+        pass
 
 
 @pytest.mark.gpu
