@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autopeft.core.contracts import Inserted
-from autopeft.export._model import adapters_of
+from autopeft.export._model import adapters_of, listed
 from autopeft.methods.base import Adapter
 
 __all__ = ["Factors", "gather_factors", "not_low_rank"]
@@ -40,7 +40,7 @@ class Factors:
 def not_low_rank(inserted: Inserted) -> str:
     """Which options are no low-rank change of a plain Linear or Conv2d; empty when all are."""
     reasons = [f"{key} ({why})" for key, adapter in adapters_of(inserted).items() if (why := _why(inserted, adapter))]
-    return ", ".join(reasons)
+    return listed(reasons)
 
 
 def gather_factors(inserted: Inserted, adapters: Iterable[Adapter]) -> tuple[Factors, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = [
     "States",
     "adapters_of",
     "classifier_modules",
+    "listed",
     "not_mergeable",
     "not_timm",
     "pretrained_config",
@@ -25,6 +26,7 @@ __all__ = [
     "trained_statistics",
 ]
 
+_MOST_REASONS = 4
 _STATISTICS = re.compile(r"^buffer/.*/batch_norm/[^/]+$")
 
 
@@ -63,7 +65,14 @@ def adapters_of(inserted: Inserted) -> dict[str, Adapter]:
 
 def not_mergeable(inserted: Inserted) -> str:
     """Which options cannot be merged into the plain model and why; empty when all can."""
-    return "; ".join(f"{key}: {a.obstacle}" for key, a in adapters_of(inserted).items() if a.obstacle)
+    return listed([f"{key}: {a.obstacle}" for key, a in adapters_of(inserted).items() if a.obstacle], "; ")
+
+
+def listed(reasons: Sequence[str], separator: str = ", ") -> str:
+    """The first few of many reasons, and how many more there are."""
+    shown = separator.join(reasons[:_MOST_REASONS])
+    left = len(reasons) - _MOST_REASONS
+    return f"{shown}{separator}and {left} more" if left > 0 else shown
 
 
 def not_timm(model: nn.Module) -> str:
