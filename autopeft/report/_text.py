@@ -8,7 +8,17 @@ from typing import Any
 from autopeft.core.outcome import Outcome
 from autopeft.core.record import Record
 
-__all__ = ["bar", "gain_text", "is_share", "metric_text", "number", "search_metric", "share_text", "stage_seconds"]
+__all__ = [
+    "bar",
+    "gain_text",
+    "is_share",
+    "metric_text",
+    "number",
+    "search_metric",
+    "search_sign",
+    "share_text",
+    "stage_seconds",
+]
 
 _SHARES = frozenset({"top1", "top5", "accuracy", "macro_f1", "f1", "mean_class_accuracy", "ece", "miou"})
 """Metrics between 0 and 1 that people read in percent."""
@@ -61,12 +71,21 @@ def stage_seconds(seconds: float) -> str:
 
 def search_metric(record: Record) -> str:
     """The metric the search saw: the study's reward's, else `top1`, else the first one that was measured."""
-    reward: Any = record.study.get("reward")
-    named = reward.get("metric") if isinstance(reward, Mapping) else None
+    named = _reward(record).get("name")
     measured = list(dict.fromkeys(name for outcome in _outcomes(record) for name in outcome.metrics))
     if isinstance(named, str) and (named in measured or not measured):
         return named
     return "top1" if "top1" in measured or not measured else measured[0]
+
+
+def search_sign(record: Record) -> int:
+    """1 when more of the search metric is better, -1 when less is."""
+    return -1 if _reward(record).get("direction") == "minimize" else 1
+
+
+def _reward(record: Record) -> Mapping[str, Any]:
+    reward = record.study.get("reward")
+    return reward if isinstance(reward, Mapping) else {}
 
 
 def _outcomes(record: Record) -> list[Outcome]:

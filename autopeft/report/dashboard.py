@@ -81,7 +81,12 @@ def application(target: str | Path) -> WSGIApplication:
         url = str(target)
     else:
         folder = RunFolder(Path(target)).require()
-        url = _storage_of(folder) or default_url(folder.database)
+        if not folder.database.is_file():
+            raise StoreError(
+                f"the run {folder} keeps no study of its own ({folder.database.name} is missing); "
+                "give the URL of the storage it was searched with"
+            )
+        url = default_url(folder.database)
         folder.artifacts.mkdir(exist_ok=True)
         with _quiet():
             artifacts = FileSystemArtifactStore(folder.artifacts)
@@ -185,19 +190,6 @@ def _upload_report(study: optuna.Study, folder: RunFolder) -> str:
         with folder.report_html.open("rb") as page:
             store.write(known, page)
     return str(get_artifact_path(study, known))
-
-
-def _storage_of(folder: RunFolder) -> str | None:
-    """The storage that the run's study names, None when it is the run's own database."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(folder.study.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise StoreError(f"{folder.study} cannot be read: {error}") from error
-    search = data.get("search") if isinstance(data, dict) else None
-    url = search.get("storage") if isinstance(search, dict) else None
-    return url if isinstance(url, str) and url else None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from autopeft.core.record import Record, Trial
 from autopeft.core.site import Site
 from autopeft.report._plot import GREY, digits, layout, rounded, scale_axis, thin, tick
-from autopeft.report._text import is_share, search_metric
+from autopeft.report._text import is_share, search_metric, search_sign
 from autopeft.report.rows import AllocationRow, spending
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def history(record: Record) -> Figure:
                 )
             )
     best = next((t for t in record.trials if t.number == record.best), None)
-    sign = _sign(record, metric)
+    sign = search_sign(record)
     xs, ys, so_far = [], [], -math.inf
     for trial in trials:
         value = trial.outcome.metrics.get(metric)
@@ -191,7 +191,7 @@ def learning_curves(record: Record, most: int = 8) -> Figure:
     from plotly.graph_objects import Figure, Scatter
 
     metric = search_metric(record)
-    sign = _sign(record, metric)
+    sign = search_sign(record)
     with_curve = [t for t in record.trials if t.outcome.curve]
 
     def order(trial: Trial) -> tuple[bool, bool, float]:
@@ -265,14 +265,6 @@ def _heat_map(
     figure.update_xaxes(dtick=tick(len(depths)), showgrid=False)
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
     return figure
-
-
-def _sign(record: Record, metric: str) -> int:
-    """1 when more is better: whether the best trial is above the mean of the others."""
-    values = {t.number: t.outcome.metrics[metric] for t in _done(record) if metric in t.outcome.metrics}
-    if record.best not in values:
-        return 1
-    return 1 if values[record.best] >= sum(values.values()) / len(values) else -1
 
 
 def _done(record: Record) -> list[Trial]:

@@ -41,7 +41,7 @@ def test_the_graph_takes_any_batch(ground, mixed_plan, tmp_path):
     with ground.borrowed(mixed_plan) as inserted:
         OnnxExport().export(inserted, ground.record, tmp_path)
         expected = ground.logits(inserted).numpy()
-    session = ReferenceEvaluator(tmp_path / "model.onnx")
+    session = ReferenceEvaluator(str(tmp_path / "model.onnx"))
     for n in (1, 3):
         (logits,) = session.run(None, {"image": ground.images[:n].numpy()})
         assert abs(logits - expected[:n]).max() < 1e-5

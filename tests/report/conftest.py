@@ -66,7 +66,7 @@ def record() -> Record:
     )
     return Record(
         run="runs/demo",
-        study={"reward": {"name": "metric", "metric": "top1"}},
+        study={"reward": {"type": "metric", "name": "top1", "direction": "maximize"}},
         model={"name": "tiny", "n_base": 100_000, "n_head": 40, "fingerprint": "0123456789ab"},
         data={"spec": "toy", "classes": ["a", "b"], "sizes": {"inner": 32, "outer": 16, "test": 16}, "data_hash": "x"},
         budget={"limit": 100, "unit": "trainable", "text": "0.1%", "share_of": 100_000},

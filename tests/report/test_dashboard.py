@@ -117,13 +117,16 @@ def test_a_figure_that_is_too_large_is_not_sent(run, record, monkeypatch):
     assert all("every poll" in text for text in problems)
 
 
-def test_the_runs_own_storage_is_found(run, tmp_path):
+def test_a_storage_is_served_by_its_url(run):
     folder, _ = run
-    other = RunFolder(tmp_path / "other").create()
-    other.study.write_text(f"search: {{storage: '{default_url(folder.database)}'}}\n")
-    _, body = get(application(other.root), "/api/studies")
-    assert json.loads(body)["study_summaries"][0]["study_name"] == "demo"
     assert get(application(default_url(folder.database)), "/api/studies")[0].startswith("200")
+
+
+def test_a_run_with_its_study_elsewhere_asks_for_the_url(tmp_path):
+    folder = RunFolder(tmp_path / "other").create()
+    folder.study.write_text("{}")
+    with pytest.raises(StoreError, match="give the URL of the storage"):
+        application(folder.root)
 
 
 def test_a_missing_run_makes_nothing(tmp_path):

@@ -59,7 +59,9 @@ def test_best_so_far_falls_where_less_is_better(record):
         dataclasses.replace(t, outcome=dataclasses.replace(t.outcome, metrics={"nll": 1 - v}))
         for t, v in zip(record.trials[:4], (0.8, 0.85, 0.84, 0.9), strict=True)
     )
-    smaller = dataclasses.replace(record, trials=trials, contenders=(), study={"reward": {"metric": "nll"}})
+    smaller = dataclasses.replace(
+        record, trials=trials, contenders=(), study={"reward": {"name": "nll", "direction": "minimize"}}
+    )
     line = next(trace for trace in data(history(smaller)) if trace["mode"] == "lines")
     assert line["y"] == pytest.approx([0.2, 0.15, 0.1, 0.1])
 

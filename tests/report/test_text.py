@@ -2,7 +2,16 @@ import dataclasses
 
 import pytest
 
-from autopeft.report._text import bar, gain_text, metric_text, number, search_metric, share_text, stage_seconds
+from autopeft.report._text import (
+    bar,
+    gain_text,
+    metric_text,
+    number,
+    search_metric,
+    search_sign,
+    share_text,
+    stage_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +35,8 @@ def test_numbers():
 
 def test_the_search_metric_is_the_rewards(record):
     assert search_metric(record) == "top1"
-    assert search_metric(dataclasses.replace(record, study={"reward": {"metric": "nll"}})) == "nll"
-    assert search_metric(dataclasses.replace(record, study={"reward": {"metric": "unmeasured"}})) == "top1"
+    assert search_metric(dataclasses.replace(record, study={"reward": {"name": "nll"}})) == "nll"
+    assert search_metric(dataclasses.replace(record, study={"reward": {"name": "unmeasured"}})) == "top1"
+    assert search_sign(record) == 1
+    assert search_sign(dataclasses.replace(record, study={"reward": {"direction": "minimize"}})) == -1
     assert search_metric(dataclasses.replace(record, study={}, trials=(), contenders=())) == "top1"
