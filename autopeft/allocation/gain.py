@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,17 +20,27 @@ if TYPE_CHECKING:
     from autopeft.core.scores import Scores
     from autopeft.core.site import Catalog, Fused, Site
 
-__all__ = ["Energies", "GainPolicy", "build_menu", "energies"]
+__all__ = ["CALIBRATION", "Energies", "GainPolicy", "build_menu", "energies"]
+
+CALIBRATION: Mapping[str, float] = MappingProxyType(
+    {"core": 1.0, "matrix": 0.125, "entries": 0.125, "vector": 0.125, "adapter": 0.125, "tokens": 0.125}
+)
+"""What a captured share of energy is worth per family of methods, relative to `core`.
+
+The scorer's energy says how much loss a family could take away to first order, not how much of it training turns into
+accuracy. `studies/method_priors` measures the families one at a time at one budget: core matrices gain, the others
+hardly do, and a menu without this correction buys what does not.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class GainPolicy:
     """The corrections that an outer loop makes to the scorer's gains.
 
-    With `e` the energy of an option as a share of the model's, `m` its method, `g` the group of its site and `z` in
-    [-1, 1] the depth of its site, the gain is
+    With `e` the energy of an option as a share of the model's, `m` its method of family `f`, `g` the group of its site
+    and `z` in [-1, 1] the depth of its site, the gain is
 
-        methods[m] * roles[g] * exp(depth_tilt * z + depth_curvature * (z^2 - 1/3)) * e^exponent.
+        calibration[f] * methods[m] * roles[g] * exp(depth_tilt * z + depth_curvature * (z^2 - 1/3)) * e^exponent.
 
     The curvature term has mean zero over depth, so that it moves budget between the ends and the middle without
     changing its value against anything else.
@@ -40,6 +51,7 @@ class GainPolicy:
         roles: multiplier per group: `qkv`, `proj`, `mlp`, `norm`, `conv`, `other`; 1 where none is given.
         depth_tilt: positive values favour the last blocks.
         depth_curvature: positive values favour both ends over the middle.
+        calibration: multiplier per family of methods, 1 where none is given; measured, and no knob of the search.
 
     Raises:
         UsageError: for a value outside of its range, or an unknown group.
@@ -50,6 +62,7 @@ class GainPolicy:
     roles: Mapping[str, float] = field(default_factory=dict, hash=False)
     depth_tilt: float = 0.0
     depth_curvature: float = 0.0
+    calibration: Mapping[str, float] = field(default_factory=lambda: dict(CALIBRATION))
 
     def __post_init__(self) -> None:
         if not 0 < self.exponent <= 1:
@@ -58,7 +71,7 @@ class GainPolicy:
             value = getattr(self, name)
             if not abs(value) <= 20:
                 raise UsageError(f"gain.{name} must lie between -20 and 20, got {value}")
-        for noun in ("methods", "roles"):
+        for noun in ("methods", "roles", "calibration"):
             for key, value in getattr(self, noun).items():
                 if not (math.isfinite(value) and value >= 0):
                     raise UsageError(f"gain.{noun}.{key} must be a finite multiplier of at least 0, got {value}")
@@ -66,7 +79,7 @@ class GainPolicy:
             if key not in ROLE_GROUPS:
                 raise UsageError(f"gain.roles has no group {key!r}; the groups are {', '.join(ROLE_GROUPS)}")
 
-    def correct(self, energy: float, method: str, group: str, z: float) -> float:
+    def correct(self, energy: float, method: str, group: str, z: float, family: str = "") -> float:
         """The gain of one option; `build_menu` does the same for all at once.
 
         Args:
@@ -74,8 +87,9 @@ class GainPolicy:
             method: method key.
             group: role group of the site.
             z: depth of the site, in [-1, 1].
+            family: family of the method.
         """
-        factor = self.methods.get(method, 1.0) * self.roles.get(group, 1.0)
+        factor = self.calibration.get(family, 1.0) * self.methods.get(method, 1.0) * self.roles.get(group, 1.0)
         bend = math.exp(self.depth_tilt * z + self.depth_curvature * (z * z - 1 / 3))
         return factor * bend * math.copysign(abs(energy) ** self.exponent, energy)
 
@@ -153,7 +167,10 @@ def build_menu(
         UsageError: when a method predicts a gain that is not finite.
     """
     known = energies if energies is not None else _measure(catalog, methods, scores, fused, budget)
-    scale = {key: policy.methods.get(key, 1.0) for key in methods}
+    scale = {
+        key: policy.methods.get(key, 1.0) * policy.calibration.get(method.family, 1.0)
+        for key, method in methods.items()
+    }
     factor = np.array([scale.get(o.method, 0.0) for o in known.options])
     roles = np.array([policy.roles.get(group, 1.0) for group in known.groups])
     bend = np.exp(policy.depth_tilt * known.depths + policy.depth_curvature * (known.depths**2 - 1 / 3))

@@ -27,11 +27,13 @@ class Entry:
         outcome: what came of it.
         correct: per sample of the measured split whether it was classified correctly; empty when it did not finish.
         sample_epochs: samples that training has seen.
+        key: what the training was.
     """
 
     outcome: Outcome
     correct: np.ndarray[Any, np.dtype[np.bool_]]
     sample_epochs: int
+    key: str = ""
 
 
 def training_key(facts: Mapping[str, Any]) -> str:
@@ -58,7 +60,7 @@ class Ledger:
         try:
             data = read_json(path)
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(data["correct"]), dtype=np.uint8), count=data["n"])
-            return Entry(decode(Outcome, data["outcome"], str(path)), bits.astype(bool), data["sample_epochs"])
+            return Entry(decode(Outcome, data["outcome"], str(path)), bits.astype(bool), data["sample_epochs"], key)
         except (CorruptFile, KeyError, ValueError, TypeError):
             return None
 

@@ -88,6 +88,7 @@ def run_search(
             effort = _effort(prepared, study, groups, run, time.perf_counter() - started)
             _announce_effort(effort, study, groups, emit)
             searcher = open_searcher(prepared, study, run, effort, storage=storage, name=study_name)
+        searcher.reap()
         runner = Runner(prepared, Ledger(run.root / "ledger"), emit)
         _run_baselines(runner, study, groups, effort, searcher, run)
         deadline = None
@@ -215,7 +216,7 @@ def _tell_baseline(runner: Runner, searcher: OptunaSearcher, role: Role, tuned: 
     values = baseline_values(searcher.space, tuned, is_default=role == "default")
     rewards = tuned.study.reward.value(outcome) if outcome.status == "done" else ()
     number = searcher.next_number()
-    plan = run.plan(number)
+    plan = run.plan(searcher.place(number))
     write_plan(as_plan(runner.prepared, tuned.study, allocation), plan)
     searcher.add_finished(
         make_trial(

@@ -13,7 +13,7 @@ from autopeft.config.spaces import load_space
 from autopeft.core.allocation import Allocation
 from autopeft.core.outcome import Outcome
 from autopeft.core.record import Role, Trial
-from autopeft.errors import InfeasibleBudget
+from autopeft.errors import InfeasibleBudget, Preempted
 from autopeft.pipeline.effort import Effort
 from autopeft.pipeline.events import Event
 from autopeft.pipeline.knobs import apply_knobs
@@ -126,8 +126,8 @@ class TrialLoop:
 
     def _one(self, total: int) -> None:
         suggestion = self._searcher.ask()
-        number = suggestion.number
-        label = f"trial {number}"
+        number, place = suggestion.number, self._searcher.place(suggestion.number)
+        label, plan = f"trial {place}", self._run.plan(place)
         self._runner.emit(Event("progress", label, self._searcher.count(), total))
         study = apply_knobs(self._study, suggestion.values)
         study = dataclasses.replace(study, train=dataclasses.replace(study.train, epochs=self._effort.epochs))
@@ -137,20 +137,23 @@ class TrialLoop:
             outcome = Outcome("failed", seed=study.seed, reason=str(error))
             self._searcher.tell(number, outcome, ())
             return
-        write_plan(as_plan(self._runner.prepared, study, allocation), self._run.plan(number))
+        write_plan(as_plan(self._runner.prepared, study, allocation), plan)
 
         def on_epoch(epoch: int, value: float) -> bool:
             self._searcher.beat(number)
             return self._searcher.report(number, epoch, value)
 
-        entry = self._runner.train(
-            study,
-            allocation,
-            label=label,
-            folder=self._run.trial(number),
-            watch="outer",
-            on_epoch=on_epoch,
-        )
+        try:
+            entry = self._runner.train(
+                study, allocation, label=label, folder=self._run.trial(place), watch="outer", on_epoch=on_epoch
+            )
+        except Preempted:
+            # Other hosts need not wait until this process counts as dead.
+            self._searcher.abandon(number)
+            raise
+        twin = self._searcher.claim_key(number, entry.key) if entry.outcome.status == "done" else None
+        if twin is not None:
+            self._emit("result", f"{label} is the same training as trial {twin.number}")
         rewards = study.reward.value(entry.outcome) if entry.outcome.status == "done" else ()
         trial = make_trial(
             self._runner.prepared,
@@ -163,7 +166,7 @@ class TrialLoop:
             allocation,
             entry.outcome,
             rewards,
-            self._run.plan(number),
+            plan,
         )
         self._searcher.describe(trial)
         self._searcher.tell(number, entry.outcome, rewards)

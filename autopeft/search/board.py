@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from autopeft.core.record import Role, Trial
 from autopeft.search._calm import calm
 from autopeft.search.entry import as_trial
-from autopeft.search.history import counted, finished, is_replaced, role_of, with_state
+from autopeft.search.history import counted, finished, is_replaced, place, role_of, with_state
 
 __all__ = ["Board"]
 
@@ -31,28 +33,35 @@ class Board:
         return self._study.study_name
 
     def finished(self) -> tuple[Trial, ...]:
-        """Every trial with an outcome, by number; trials of dead processes that were asked again are left out."""
+        """Every trial with an outcome, numbered by its place; those that were asked again are left out."""
         with calm(self._where):
-            return tuple(as_trial(t) for t in finished(self._trials()))
+            trials = self._trials()
+        return tuple(sorted((self._placed(t, trials) for t in finished(trials)), key=lambda t: t.number))
+
+    def place(self, number: int) -> int:
+        """Place of a trial of the study in the record, see `autopeft.search.history.place`."""
+        with calm(self._where):
+            trials = self._trials()
+        return place(next(t for t in trials if t.number == number), trials)
 
     def best(self, *roles: Role) -> Trial | None:
         """The complete trial with the best value, among these roles if any are named; ties go to the earlier one."""
         with calm(self._where):
             maximize = self._study.direction == StudyDirection.MAXIMIZE
-            done = [t for t in finished(self._trials()) if t.state == TrialState.COMPLETE and t.value is not None]
+            trials = self._trials()
+            done = [t for t in finished(trials) if t.state == TrialState.COMPLETE and t.value is not None]
         among = [t for t in done if not roles or role_of(t) in roles]
         if not among:
             return None
         sign = -1.0 if maximize else 1.0
-        return as_trial(min(among, key=lambda t: (sign * (t.value or 0.0), t.number)))
+        return self._placed(min(among, key=lambda t: (sign * (t.value or 0.0), t.number)), trials)
 
     def find(self, key: str) -> Trial | None:
         """The complete trial with this equality key, None without one."""
         with calm(self._where):
             trials = self._trials()
-        return next(
-            (as_trial(t) for t in trials if t.state == TrialState.COMPLETE and t.user_attrs.get("key") == key), None
-        )
+        twins = (t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs.get("key") == key)
+        return next((self._placed(t, trials) for t in twins), None)
 
     def count(self) -> int:
         """Searched trials that are complete, pruned or failed, whoever ran them; baselines do not count."""
@@ -74,6 +83,10 @@ class Board:
             trials = self._trials()
         running = [t for t in with_state(trials, TrialState.RUNNING) if role_of(t) == "trial"]
         return max(0, total - len(counted(trials)) - len(running))
+
+    @staticmethod
+    def _placed(trial: FrozenTrial, trials: list[FrozenTrial]) -> Trial:
+        return dataclasses.replace(as_trial(trial), number=place(trial, trials))
 
     def _frozen(self, number: int) -> FrozenTrial:
         return next(t for t in self._trials() if t.number == number)

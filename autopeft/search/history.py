@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autopeft.core.record import Role
 
-__all__ = ["counted", "finished", "is_replaced", "ordinal", "role_of", "with_state"]
+__all__ = ["counted", "finished", "is_replaced", "ordinal", "place", "role_of", "with_state"]
 
 
 def role_of(trial: FrozenTrial) -> Role:
@@ -29,6 +29,20 @@ def ordinal(number: int, trials: Iterable[FrozenTrial]) -> int:
     the ordinal (the sampler's seed, the bracket) is as if nothing had happened.
     """
     return sum(1 for t in trials if t.number < number and role_of(t) == "trial" and not is_replaced(t))
+
+
+def place(trial: FrozenTrial, trials: Iterable[FrozenTrial]) -> int:
+    """Place of a trial among those of any role, from 0: what the record numbers it by.
+
+    A trial that is asked again keeps the place of the one it stands in for, and baselines whose process died leave
+    none, so that a search that was killed and continued numbers its trials as one that was not.
+    """
+    first = trial.user_attrs.get("origin", trial.number)
+    return sum(
+        1
+        for t in trials
+        if t.number < first and "retry_of" not in t.user_attrs and (role_of(t) == "trial" or not is_replaced(t))
+    )
 
 
 def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

@@ -110,7 +110,7 @@ def folds_of(labels: Tensor, folds: int, seed: int) -> Tensor:
     return fold
 
 
-def temperature_of(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+def temperature_of(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[float, float]:
     """The temperature that minimises the negative log-likelihood of a softmax, and that likelihood.
 
     The likelihood is convex in the inverse temperature s, with derivative `mean(sum_c p_c z_c - z_y)`: Newton's
@@ -120,11 +120,14 @@ def temperature_of(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     Args:
         logits: float64, (n, classes).
         labels: int64, (n,).
+        smoothing: share of the target that is spread over all classes while the temperature is chosen. Without it
+            logits that are right everywhere have no best temperature, and a head that sharp has no gradient.
 
     Returns:
-        Temperature, and mean negative log-likelihood in nats.
+        Temperature, and mean negative log-likelihood in nats of the labels as they are.
     """
-    chosen = logits.gather(1, labels[:, None]).squeeze(1)
+    truth = logits.gather(1, labels[:, None]).squeeze(1)
+    chosen = (1 - smoothing) * truth + smoothing * logits.mean(1)
     low, high, s = _FLATTEST, _SHARPEST, 1.0
     for _ in range(100):
         p = torch.softmax(s * logits, 1)
@@ -136,7 +139,7 @@ def temperature_of(logits: Tensor, labels: Tensor) -> tuple[float, float]:
         previous, s = s, step if low < step < high else (low * high) ** 0.5
         if abs(s - previous) <= 1e-10 * previous:
             break
-    return 1 / s, float((torch.logsumexp(s * logits, 1) - s * chosen).mean())
+    return 1 / s, float((torch.logsumexp(s * logits, 1) - s * truth).mean())
 
 
 def _head_of(model: nn.Module, catalog: Catalog, classes: int) -> nn.Linear | nn.Conv2d:

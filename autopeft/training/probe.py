@@ -56,7 +56,8 @@ def ridge_probe(
 
     Closed form in float64: `min_W,b |X W^T + b - Y|^2 + alpha |W|^2` with the intercept free. Held-out folds choose
     alpha, and the temperature that turns the regression into a softmax, both by negative log-likelihood; then all
-    samples give W. The result is fast, unique and the same on every machine up to rounding.
+    samples give W. The temperature sees targets smoothed by 1 / (n + 2) (Platt 1999, section 2.2), so that a task the
+    probe solves leaves a head with gradients. The result is fast, unique and the same on every machine up to rounding.
 
     Args:
         model: the model, on its device; left as it was found.
@@ -85,7 +86,7 @@ def ridge_probe(
         for k, part in enumerate(parts):
             weight, bias = part.solve(alpha)
             held_out[fold == k] = data.x[fold == k] @ weight.T + bias
-        temperature, nll = temperature_of(held_out, data.labels)
+        temperature, nll = temperature_of(held_out, data.labels, 1 / (len(fold) + 2))
         if best is None or nll < best.cv_nll:
             best = Probe({}, alpha, temperature, _accuracy(held_out, data), nll)
     assert best is not None

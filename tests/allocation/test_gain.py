@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from autopeft.allocation._roles import role_group
-from autopeft.allocation.gain import GainPolicy, build_menu, energies
+from autopeft.allocation.gain import CALIBRATION, GainPolicy, build_menu, energies
 from autopeft.core.budget import Budget, Cost
 from autopeft.core.contracts import Method
 from autopeft.core.scores import Evidence, ScoreOrigin, Scores
@@ -57,16 +57,18 @@ def gains(policy: GainPolicy, budget: Budget = BUDGET) -> dict[tuple[str, str, i
 
 def test_hand_worked_gains() -> None:
     # Largest energies per site: 9, 1 and 0 (what is negative counts as none): total 10.
-    plain = gains(GainPolicy(exponent=1.0))
+    plain = gains(GainPolicy(exponent=1.0, calibration={}))
     expected = {("a", "x", 1): 0.4, ("a", "x", 2): 0.9, ("a", "y", 1): 0.6, ("b", "x", 1): 0.1, ("c", "x", 1): -0.1}
     assert plain == pytest.approx(expected)
-    root = gains(GainPolicy(exponent=0.5))
+    root = gains(GainPolicy(exponent=0.5, calibration={}))
     assert root[("a", "x", 2)] == pytest.approx(math.sqrt(0.9))
     assert root[("c", "x", 1)] == pytest.approx(-math.sqrt(0.1))
 
 
 def test_corrections_are_the_formula() -> None:
-    policy = GainPolicy(0.7, {"x": 3.0}, {"qkv": 0.5, "norm": 2.0}, depth_tilt=0.4, depth_curvature=-0.3)
+    policy = GainPolicy(
+        0.7, {"x": 3.0}, {"qkv": 0.5, "norm": 2.0}, depth_tilt=0.4, depth_curvature=-0.3, calibration={}
+    )
     found = gains(policy)
     # Depths 0, 1, 2 of 3 are z = -1, 0, 1; the curvature term is 2/3 at the ends and -1/3 in the middle.
     assert found[("a", "x", 2)] == pytest.approx(3 * 0.5 * math.exp(-0.4 - 0.2) * 0.9**0.7)
@@ -75,6 +77,13 @@ def test_corrections_are_the_formula() -> None:
     assert found[("c", "x", 1)] == pytest.approx(-3 * 2 * math.exp(0.4 - 0.2) * 0.1**0.7)
     assert policy.correct(0.9, "x", "qkv", -1.0) == pytest.approx(found[("a", "x", 2)])
     assert policy.correct(-0.1, "x", "norm", 1.0) == pytest.approx(found[("c", "x", 1)])
+
+
+def test_families_are_worth_what_was_measured() -> None:
+    policy = GainPolicy(1.0, calibration={"matrix": 0.25})
+    assert gains(policy)[("a", "x", 2)] == pytest.approx(0.25 * 0.9)
+    assert policy.correct(0.9, "x", "qkv", 0.0, "matrix") == pytest.approx(0.25 * 0.9)
+    assert GainPolicy().calibration == CALIBRATION
 
 
 def test_the_curvature_term_has_mean_zero_over_depth() -> None:
@@ -96,7 +105,7 @@ def test_sizes_above_the_budget_are_not_offered() -> None:
 
 def test_a_model_of_one_block_has_no_depth() -> None:
     alone = Catalog((SITES[0],), ("head",), 100, 10, 1)
-    menu = build_menu(alone, METHODS, SCORES, GainPolicy(1.0, depth_tilt=5.0), budget=BUDGET)
+    menu = build_menu(alone, METHODS, SCORES, GainPolicy(1.0, depth_tilt=5.0, calibration={}), budget=BUDGET)
     assert max(o.gain for o in menu) == pytest.approx(1.0)
 
 

@@ -1,0 +1,27 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+KWARGS = ("patch_size=4", "embed_dim=16", "depth=2", "num_heads=2")
+SMALL = ["--model", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "8", "--budget", "5%", "-b", "16"]
+SMALL += [text for pair in KWARGS for text in ("--model-kwargs", pair)]
+
+
+@pytest.fixture(scope="session")
+def small():
+    """Flags of a model that trains in a fraction of a second."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """60 pictures of three classes that differ in colour."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir()
+        for i in range(20):
+            array = rng.integers(0, 220, (8, 8, 3), dtype=np.uint8)
+            array[..., 2 - label] += rng.integers(0, 36, dtype=np.uint8)
+            Image.fromarray(array).save(root / name / f"{i:02d}.png")
+    return root
