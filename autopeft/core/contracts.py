@@ -33,6 +33,7 @@ __all__ = [
     "Reward",
     "Scorer",
     "Searcher",
+    "Suggestion",
     "Task",
     "TaskSpec",
 ]

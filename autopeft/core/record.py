@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from autopeft.core.outcome import Outcome
 
-__all__ = ["Contender", "Record", "Trial"]
+__all__ = ["Contender", "Record", "Role", "Trial"]
 
 Role = Literal["baseline", "default", "trial"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from autopeft.errors import UnknownKey, UsageError
 
-__all__ = ["Knob", "Space"]
+__all__ = ["Knob", "Space", "Value"]
 
 Value = float | int | str
 
