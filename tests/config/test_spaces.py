@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,8 @@ from autopeft.config.override import override
 from autopeft.config.spaces import load_space, space_names, spaces_folder
 from autopeft.config.study import Study
 from autopeft.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_named_spaces() -> None:
@@ -85,3 +91,25 @@ def test_spaces_lie_beside_the_package_in_a_checkout_and_inside_it_in_a_wheel(tm
     assert spaces_folder(package) == package.parent / "search_spaces"
     (package / "_spaces").mkdir()
     assert spaces_folder(package) == package / "_spaces"
+
+
+def test_the_build_puts_the_spaces_into_the_wheel() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert build["force-include"] == {"search_spaces": "autopeft/_spaces"}
+
+
+@pytest.mark.slow
+def test_a_wheel_finds_its_spaces_inside_the_package(tmp_path: Path) -> None:
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(wheel, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from autopeft.config.spaces import load_space, space_names, spaces_folder;"
+        "print(spaces_folder()); [load_space(name) for name in space_names()]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(tmp_path / "site")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "site" / "autopeft" / "_spaces")
