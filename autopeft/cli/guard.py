@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -62,9 +63,9 @@ def _say(text: str) -> None:
 
 
 def _keep_traceback() -> str:
-    path = Path.cwd() / "autopeft-traceback.log"
+    path = Path(tempfile.gettempdir()) / f"autopeft-traceback-{os.getpid()}.log"
     try:
         path.write_text(traceback.format_exc())
     except OSError:
-        return "no file (the folder is not writable); set AUTOPEFT_DEBUG=1 to see it"
+        return "no file (nothing is writable); set AUTOPEFT_DEBUG=1 to see it"
     return str(path)

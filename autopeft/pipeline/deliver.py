@@ -8,28 +8,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from autopeft.config.decode import study_from_dict
 from autopeft.config.registries import EXPORTERS
 from autopeft.core.codec import decode
 from autopeft.core.record import Record
 from autopeft.errors import CorruptFile, ExportError, StoreError, UsageError
-from autopeft.export.verify import verify
+from autopeft.export.verify import verify_all
 from autopeft.pipeline.events import Emit, Event, silent
 from autopeft.pipeline.facts import budget_facts, data_facts, model_facts
 from autopeft.pipeline.planfile import Plan, read_plan, write_plan
 from autopeft.pipeline.planning import as_plan
 from autopeft.pipeline.prepare import Prepared, prepare
 from autopeft.store.atomic import read_json
+from autopeft.training.checkpoint import load_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DEFAULT_KINDS", "deliver", "export_folder"]
+    from autopeft.core.contracts import Inserted
+
+__all__ = ["DEFAULT_KINDS", "deliver", "export_folder", "with_exports"]
 
 DEFAULT_KINDS = ("timm", "peft", "delta", "native")
 """What a search exports where the plan can be represented."""
+
+_UNTRAINED = ("peft-init",)
+"""Formats of the plan before training: adapters at their start, the warmed-up head."""
 
 _IMAGES = 8
 
@@ -67,32 +72,54 @@ def deliver(
     if unknown:
         raise UsageError(f"there is no export format {unknown[0]!r}; known: {', '.join(EXPORTERS)}")
     study = study_from_dict(plan.study)
-    written: dict[str, Path] = {}
     images = _images(prepared)
-    with prepared.study.backend.insert(
-        prepared.model, prepared.catalog, plan.allocation, study.methods, seed=plan.seed, head=prepared.head
-    ) as inserted:
-        inserted.load_state(load_file(adapter))
-        inserted.train_mode(False)
-        with torch.no_grad():
-            logits = inserted.model(images.to(prepared.device)).float().cpu()
-        for kind in kinds:
-            exporter = EXPORTERS[kind]()
-            reason = exporter.supports(inserted)
-            if reason and required:
-                raise ExportError(f"the plan cannot be exported as {kind}: {reason}")
-            if reason:
-                emit(Event("result", f"export {kind}: left out, {reason}"))
-                continue
-            target = folder / kind
-            exporter.export(inserted, record, target)
-            if kind == "native":
-                write_plan(as_plan(prepared, study, plan.allocation, plan.seed), target / "plan.json")
-            check = verify(kind, target, images, logits, inserted=inserted, record=record)
-            note = f"same logits in a fresh process, difference {check:.1e}" if check is not None else "written"
+    trained = [kind for kind in kinds if kind not in _UNTRAINED]
+    written: dict[str, Path] = {}
+    for group, state in ((trained, load_adapter(adapter)), ([k for k in kinds if k in _UNTRAINED], None)):
+        if not group:
+            continue
+        with prepared.study.backend.insert(
+            prepared.model, prepared.catalog, plan.allocation, study.methods, seed=plan.seed, head=prepared.head
+        ) as inserted:
+            if state is not None:
+                inserted.load_state(state)
+            found = _write(inserted, record, folder, group, required, emit)
+            if "native" in found:
+                write_plan(as_plan(prepared, study, plan.allocation, plan.seed), found["native"] / "plan.json")
+            logits = _logits(inserted, images.to(prepared.device))
+            differences = verify_all(found, images, logits, inserted=inserted, record=record)
+        for kind, target in found.items():
+            apart = differences.get(kind)
+            note = "written" if apart is None else f"same logits in a fresh process, difference {apart:.1e}"
             emit(Event("result", f"export {kind}: {target} ({note})"))
-            written[kind] = target
+        written |= found
+    return {kind: written[kind] for kind in kinds if kind in written}
+
+
+def _write(
+    inserted: Inserted, record: Record, folder: Path, kinds: Sequence[str], required: bool, emit: Emit
+) -> dict[str, Path]:
+    """Write the formats that can represent the plan."""
+    written: dict[str, Path] = {}
+    for kind in kinds:
+        exporter = EXPORTERS[kind]()
+        reason = exporter.supports(inserted)
+        if reason and required:
+            raise ExportError(f"the plan cannot be exported as {kind}: {reason}")
+        if reason:
+            emit(Event("result", f"export {kind}: left out, {reason}"))
+            continue
+        exporter.export(inserted, record, folder / kind)
+        written[kind] = folder / kind
     return written
+
+
+def _logits(inserted: Inserted, images: Tensor) -> Tensor:
+    """What the model gives, in full float32 precision also on devices that round convolutions by default."""
+    inserted.train_mode(False)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        logits: Tensor = inserted.model(images).float().cpu()
+    return logits
 
 
 def export_folder(

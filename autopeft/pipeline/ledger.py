@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from autopeft.core.codec import decode, encode
-from autopeft.core.outcome import Outcome
+from autopeft.core.outcome import Outcome, Split
 from autopeft.errors import CorruptFile
 from autopeft.store.atomic import read_json, write_json
 
@@ -76,11 +76,7 @@ class Ledger:
         }
         write_json(self._folder / f"{key}.json", data)
 
-    @property
-    def sample_epochs(self) -> int:
-        """Samples that all trainings in the folder have seen."""
-        total = 0
-        for path in sorted(self._folder.glob("*.json")) if self._folder.exists() else []:
-            entry = self.get(path.stem)
-            total += entry.sample_epochs if entry is not None else 0
-        return total
+    def sample_epochs(self, split: Split) -> int:
+        """Samples that the trainings that were measured on this split have seen."""
+        found = (self.get(path.stem) for path in self._folder.glob("*.json"))
+        return sum(entry.sample_epochs for entry in found if entry is not None and entry.outcome.split == split)

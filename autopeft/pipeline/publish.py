@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 from typing import TYPE_CHECKING
 
 from autopeft.core.codec import encode
 from autopeft.core.record import Record
+from autopeft.core.scores import Scores
 from autopeft.core.site import Catalog
+from autopeft.report import dashboard
 from autopeft.report.html import render_html
 from autopeft.report.markdown import render_markdown
 from autopeft.report.rows import allocation_rows
@@ -22,27 +23,27 @@ if TYPE_CHECKING:
 
 __all__ = ["publish"]
 
-_log = logging.getLogger("autopeft.pipeline")
 
-
-def publish(record: Record, run: RunFolder, searcher: OptunaSearcher, catalog: Catalog) -> None:
-    """Write `record.json`, `report.md`, `report.html`, `leaderboard.csv` and `best.json`, and the dashboard's note.
+def publish(record: Record, run: RunFolder, searcher: OptunaSearcher, catalog: Catalog, scores: Scores) -> None:
+    """Write `record.json`, `report.md`, `report.html`, `leaderboard.csv` and `best.json`, and the dashboard's pages.
 
     A dashboard that cannot be written to never fails a run.
     """
+    predicted = {t.number: sum(o["gain"] for o in read_json(run.root / t.plan)["options"]) for t in record.trials}
+    sensitivity: dict[str, float] = {}
+    for place, total in scores.totals.items():
+        sensitivity[place.site] = sensitivity.get(place.site, 0.0) + total
     best = next(t for t in record.trials if t.number == record.best)
     options = read_json(run.root / best.plan)["options"]
     rows = allocation_rows(options, catalog)
     write_json(run.record, encode(record))
-    write_text(run.report_md, render_markdown(record, rows))
-    write_text(run.report_html, render_html(record, rows))
+    write_text(run.report_md, render_markdown(record, rows, catalog))
+    page = render_html(record, rows, catalog, sensitivity=sensitivity, predicted=predicted)
+    write_text(run.report_html, page)
     write_text(run.leaderboard, _leaderboard(record))
     value = best.rewards[0] if best.rewards else None
     write_json(run.root / "best.json", {"trial": best.number, "value": value, "plan": best.plan})
-    try:
-        searcher.note(render_markdown(record, rows))
-    except Exception as error:  # noqa: BLE001 - the dashboard is a convenience
-        _log.warning("the dashboard's note could not be written: %s", error)
+    dashboard.publish(searcher.study, record, rows, predicted=predicted, folder=run)
 
 
 def _leaderboard(record: Record) -> str:

@@ -8,10 +8,11 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from autopeft.config.decode import study_from_dict, study_to_dict, study_to_yaml
 from autopeft.core.codec import decode, encode
+from autopeft.core.outcome import Split
 from autopeft.core.record import Record, Role, Trial
 from autopeft.errors import StaleRun, TrainingFailed
 from autopeft.models.graph import dataflow
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["run_search"]
 
 _BASELINES_AT_END = 2
+_SEALED: Split = get_args(Split)[-1]
 
 
 def run_search(
@@ -241,7 +243,6 @@ def _finish(
     """Retrain the winner and the best baselines, export the winner, write record and report."""
     prepared = runner.prepared
     trials = searcher.finished()
-    search_samples = runner.ledger.sample_epochs
     winner = _best(runner, study, trials, ("trial", "default"))
     if winner is None:
         reasons = "; ".join(t.outcome.reason for t in trials if t.outcome.reason)
@@ -250,7 +251,7 @@ def _finish(
     finalists = [_finalist(run, study, trial) for trial in (winner, *baselines)]
     emit(Event("stage", f"finish: {', '.join(f.name for f in finalists)}, {study.search.seeds} seeds each"))
     contenders = finish(runner, finalists[0], tuple(finalists[1:]), run.root)
-    costs = _costs(prepared, finalists[0], search_samples, runner.ledger.sample_epochs)
+    costs = _costs(runner, finalists[0])
     record = Record(
         str(run.root),
         study_to_dict(study),
@@ -272,7 +273,7 @@ def _finish(
     record = with_exports(record, exports, run.root)
     record = dataclasses.replace(record, seconds={**record.seconds, "total": round(time.perf_counter() - started, 3)})
     dataflow(prepared.model, prepared.catalog, _example(prepared), run.root / "graph")
-    publish(record, run, searcher, prepared.catalog)
+    publish(record, run, searcher, prepared.catalog, prepared.scores)
     return record
 
 
@@ -294,13 +295,13 @@ def _finalist(run: RunFolder, study: Study, trial: Trial) -> Finalist:
     return Finalist(trial.name, trial.number, trial.role, dataclasses.replace(trained, search=search), plan.allocation)
 
 
-def _costs(prepared: Prepared, winner: Finalist, search: int, total: int) -> dict[str, float]:
-    """Samples seen per stage, and in one full training for comparison."""
-    sizes = prepared.task.sizes
+def _costs(runner: Runner, winner: Finalist) -> dict[str, float]:
+    """Samples seen per stage, also by earlier processes of this run, and in one full training for comparison."""
+    sizes = runner.prepared.task.sizes
     return {
-        "scoring": float(prepared.sample_epochs),
-        "search": float(search),
-        "finish": float(total - search),
+        "scoring": float(runner.prepared.scores.origin.n_samples),
+        "search": float(runner.ledger.sample_epochs("outer")),
+        "finish": float(runner.ledger.sample_epochs(_SEALED)),
         "full_training": float(winner.study.train.epochs * (sizes["inner"] + sizes["outer"])),
     }
 

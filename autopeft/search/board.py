@@ -32,6 +32,11 @@ class Board:
         """Name of the study."""
         return self._study.study_name
 
+    @property
+    def study(self) -> Study:
+        """The Optuna study itself, for dashboards."""
+        return self._study
+
     def finished(self) -> tuple[Trial, ...]:
         """Every trial with an outcome, numbered by its place; those that were asked again are left out."""
         with calm(self._where):

@@ -19,7 +19,8 @@ def test_entries_come_back_as_they_were(tmp_path):
     assert found.sample_epochs == 123
     ledger.put("j", entry(0))
     assert ledger.get("j").correct.shape == (0,)
-    assert ledger.sample_epochs == 246
+    assert ledger.sample_epochs("outer") == 246
+    assert ledger.sample_epochs("inner") == 0
 
 
 def test_a_damaged_entry_counts_as_absent(tmp_path):
