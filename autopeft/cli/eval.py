@@ -11,7 +11,7 @@ import typer
 
 from autopeft.cli import options as o
 
-__all__ = ["evaluate"]
+__all__ = ["Which", "evaluate"]
 
 
 class Which(StrEnum):

@@ -11,7 +11,7 @@ import typer
 
 from autopeft.errors import StoreError
 
-__all__ = ["report"]
+__all__ = ["Form", "report"]
 
 
 class Form(StrEnum):

@@ -11,7 +11,7 @@ from autopeft.cli import options as o
 from autopeft.cli.flags import read_study, study_flags
 from autopeft.cli.progress import Talk
 
-__all__ = ["search"]
+__all__ = ["run_name", "search"]
 
 
 def search(

@@ -10,7 +10,7 @@ import typer
 from autopeft.cli import options as o
 from autopeft.cli.guard import guarded
 
-__all__ = ["study_app"]
+__all__ = ["Storage", "study_app"]
 
 study_app = typer.Typer(help="List and show the studies of an Optuna storage.", no_args_is_help=True)
 

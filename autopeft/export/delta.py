@@ -29,7 +29,7 @@ from autopeft.export._model import (
 from autopeft.methods.base import Adapter
 from autopeft.store.atomic import write_text
 
-__all__ = ["DeltaExport"]
+__all__ = ["APPLY", "DeltaExport"]
 
 APPLY = """from safetensors.torch import load_file
 

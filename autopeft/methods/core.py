@@ -18,7 +18,7 @@ from autopeft.methods._host import host_tensor, is_plain, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size
 
-__all__ = ["Core"]
+__all__ = ["Core", "CoreAdapter"]
 
 _SIZES = (*range(1, 17), 18, 20, 24, 28, 32, 40, 48, 56, LARGEST_RANK)
 """Fine where a 0.1 % budget spreads over every matrix, coarse where a few matrices get it all."""

@@ -20,7 +20,7 @@ from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._spectrum import captured, squared_singular_values
 
-__all__ = ["LoRA"]
+__all__ = ["LoRA", "LoRAAdapter"]
 
 
 @dataclass(frozen=True, slots=True)

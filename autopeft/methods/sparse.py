@@ -22,7 +22,7 @@ from autopeft.methods._sparse import SparseConv, SparseLinear
 from autopeft.methods._spectrum import captured
 from autopeft.methods.base import Adapter
 
-__all__ = ["Sparse", "SparseSlot"]
+__all__ = ["Sparse", "SparseAdapter", "SparseSlot"]
 
 SparseSlot = Literal["weight", "bias"]
 """Which tensor of a site the entries are taken from."""

@@ -20,7 +20,7 @@ from autopeft.methods._sizes import check_size
 from autopeft.methods._spectrum import energy
 from autopeft.methods.base import Adapter
 
-__all__ = ["SSF"]
+__all__ = ["SSF", "SSFAdapter"]
 
 
 @dataclass(frozen=True, slots=True)

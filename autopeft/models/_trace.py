@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Trace", "example_of", "frozen_run", "trace"]
+__all__ = ["Trace", "example_of", "first_parameter", "frozen_run", "trace"]
 
 _METADATA = frozenset(
     {"shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout", "grad", "is_meta", "is_quantized"}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autopeft.pipeline.contenders import Group
     from autopeft.pipeline.prepare import Prepared
 
-__all__ = ["Effort", "measure_speed", "plan_effort"]
+__all__ = ["Effort", "finish_seconds", "measure_speed", "plan_effort"]
 
 _CONTENDERS = 3
 """The winner and the two best baselines are retrained at the end."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Emit", "Event", "silent"]
+__all__ = ["Emit", "Event", "Kind", "silent"]
 
 Kind = Literal["stage", "progress", "result", "warning"]
 

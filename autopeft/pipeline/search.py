@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from autopeft.config.study import Study
     from autopeft.search.optuna_study import OptunaSearcher
 
-__all__ = ["run_search"]
+__all__ = ["encode_study", "run_search"]
 
 _BASELINES_AT_END = 2
 _SEALED: Split = get_args(Split)[-1]

@@ -17,6 +17,7 @@ __all__ = [
     "contender_table",
     "cost_table",
     "environment_table",
+    "mix_text",
     "spending_tables",
     "trial_table",
 ]

@@ -14,7 +14,7 @@ from autopeft.errors import UsageError
 from autopeft.scoring._hosts import assemble
 from autopeft.scoring._measure import measure
 
-__all__ = ["Gradient"]
+__all__ = ["Gradient", "Mode", "Order"]
 
 Mode = Literal["per_batch", "per_sample"]
 Order = Literal["shuffled", "file"]

@@ -1,0 +1,1 @@
+"""The outer loop: Optuna studies of knobs."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autopeft.errors import UsageError
 
-__all__ = ["bootstrap_interval", "paired_interval"]
+__all__ = ["Values", "bootstrap_interval", "paired_interval"]
 
 Values = Sequence[float] | Tensor | npt.NDArray[np.floating]
 

@@ -14,7 +14,7 @@ from autopeft.core.outcome import Outcome
 from autopeft.core.space import Knob, Space, Value
 from autopeft.errors import UsageError
 
-__all__ = ["BROKEN", "NotebookSearcher"]
+__all__ = ["BROKEN", "Asked", "NotebookSearcher"]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from autopeft.training.settings import TrainSettings
 from autopeft.training.threads import thread_count
 from autopeft.training.watchdog import Watchdog
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "OnEpoch", "fit"]
 
 _LOOK_EVERY = 16
 """Steps between two looks at the losses on an accelerator: each look waits for the device."""
