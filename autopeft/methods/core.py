@@ -87,11 +87,14 @@ class CoreAdapter(LowRankAdapter):
         self.keep_geometry(host)
 
     def branch(self, x: Tensor) -> Tensor:
+        """As the base class says, at rank r in both products."""
         # M joins the small side, so that both products stay rank r: U (M (V^T x)).
         return self.expand(self.contract(x, self.M @ self.V.T), self.U)
 
     def delta(self) -> dict[str, Tensor]:
+        """`U M V^T` as a tensor of the site's shape."""
         return {"weight": (self.U @ self.M @ self.V.T).view(self.site.shape)}
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
+        """`(V^T, U M)`."""
         return self.V.T.clone(), self.U @ self.M.detach()

@@ -85,10 +85,13 @@ class LoRAAdapter(LowRankAdapter):
         self.keep_geometry(host)
 
     def branch(self, x: Tensor) -> Tensor:
+        """As the base class says, at rank r in both products."""
         return self.expand(self.contract(x, self.A), self.B if self.scale == 1.0 else self.scale * self.B)
 
     def delta(self) -> dict[str, Tensor]:
+        """`scale * B A` as a tensor of the site's shape."""
         return {"weight": (self.scale * (self.B @ self.A)).view(self.site.shape)}
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
+        """`(A, scale * B)`."""
         return self.A.detach().clone(), self.scale * self.B.detach()
