@@ -225,16 +225,20 @@ def names_in(path: Path) -> set[str]:
 def test_every_module_is_tested_in_its_own_room() -> None:
     """By the test file of its name, or by one of the room that imports it."""
     allowed = committed_list("untested_modules.txt")
+    stale = [name for name in allowed if not (PACKAGE / name).exists()]
+    assert not stale, f"tests/untested_modules.txt names what is gone: {stale}"
     missing = []
     for path in MODULES:
         inside = path.relative_to(PACKAGE)
-        if path.name in ("__init__.py", "__main__.py") or path.name.startswith("_"):
+        listed = any(inside.as_posix() == name or inside.as_posix().startswith(f"{name}/") for name in allowed)
+        if listed or path.name in ("__init__.py", "__main__.py") or path.name.startswith("_"):
             continue
-        room = TESTS / inside.parent
+        # The laws are tested where they are applied: in every room that has plug-ins.
+        room = TESTS if inside.parts[0] == "testing" else TESTS / inside.parent
         mirrored = (room / f"test_{inside.stem}.py").is_file()
         if not mirrored and not any(dotted(path) in names_in(test) for test in room.rglob("*.py")):
             missing.append(inside.as_posix())
-    assert sorted(missing) == sorted(allowed), "tests/untested_modules.txt lists exactly the modules without a test"
+    assert not missing, "no test of the room imports these"
 
 
 def test_no_test_is_skipped_without_being_listed() -> None:
