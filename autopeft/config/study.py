@@ -75,7 +75,7 @@ class DataSettings:
     """
 
     spec: str = "digits"
-    batch_size: int = 64
+    batch_size: int = 32
     val_frac: float | None = None
     test_frac: float | None = None
     max_inner: int | None = None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Candidate", "Group", "contender_groups", "spt_scores"]
 
 _LORA_TARGETS: tuple[Target, ...] = get_args(Target)
-_SINGLE_METHODS = ("core", "bias", "norm", "ssf")
+_SINGLE_METHODS = ("bias", "norm", "ssf")
 _RANDOM_DRAWS = 2
 _SPT_RANKS = (8, 1)
 """As released, and the only rank whose modules a budget of 0.1 % can buy on small models."""
@@ -59,13 +59,15 @@ def contender_groups(prepared: Prepared, study: Study) -> tuple[Group, ...]:
     """The outside baselines at this budget, then the default plan.
 
     Head only; uniform LoRA on the usual target sets at the largest rank that fits (on as many of the last blocks as fit
-    when rank 1 on every block does not); the single cheap methods; SPT; random feasible mixes; the default plan.
+    when rank 1 on every block does not); one core matrix of the same size everywhere (LoRA-XS); the single cheap
+    methods; SPT; random feasible mixes; the default plan.
     Contenders that this budget or these methods cannot express are left out.
     """
     groups = [
         Group("head only", "baseline", (Candidate("head only", HeadOnly().allocate(Menu(()), prepared.budget)),)),
         _group("uniform lora", _uniform_loras(prepared, study)),
-        _group("single method", _single_methods(prepared, study)),
+        _group("uniform core", _everywhere(prepared, study, ("core",))),
+        _group("single method", _everywhere(prepared, study, _SINGLE_METHODS)),
         _group("spt", _spt(prepared, study)),
         _group("random mix", _random_mixes(prepared, study)),
     ]
@@ -150,8 +152,8 @@ def _uniform_loras(prepared: Prepared, study: Study) -> Iterable[Candidate]:
         yield from _uniform(prepared, menu, Uniform("lora", target), f"uniform lora ({target})")
 
 
-def _single_methods(prepared: Prepared, study: Study) -> Iterable[Candidate]:
-    for key in _SINGLE_METHODS:
+def _everywhere(prepared: Prepared, study: Study, keys: Iterable[str]) -> Iterable[Candidate]:
+    for key in keys:
         if key in study.methods:
             menu = _priced_menu(prepared, study, [key], "whole")
             yield from _uniform(prepared, menu, Uniform(key, "all"), f"{key} everywhere")

@@ -22,7 +22,7 @@ from autopeft.pipeline.budget import resolve_budget
 from autopeft.pipeline.device import choose_device
 from autopeft.scoring.files import load_scores, save_scores
 from autopeft.training.probe import Probe, ridge_probe
-from autopeft.training.threads import choose_threads
+from autopeft.training.threads import choose_threads, thread_count
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +97,9 @@ class Prepared:
         budget = budget or self.budget
         key = (repr(sorted(study.methods.items())), study.fused, budget.unit, str(budget.limit))
         if key not in self._energies:
-            start = time.perf_counter()
-            self._energies[key] = energies(self.catalog, study.methods, self.scores, fused=study.fused, budget=budget)
+            scores, start = self.scores, time.perf_counter()
+            with thread_count(self.threads):
+                self._energies[key] = energies(self.catalog, study.methods, scores, fused=study.fused, budget=budget)
             self.seconds["gains"] = self.seconds.get("gains", 0.0) + time.perf_counter() - start
         return self._energies[key]
 
@@ -115,7 +116,8 @@ class Prepared:
 
     def _measure_scores(self) -> Scores:
         start = time.perf_counter()
-        found = self.study.scorer.score(self.model, self.catalog, self.task, self.study.seed)
+        with thread_count(self.threads):
+            found = self.study.scorer.score(self.model, self.catalog, self.task, self.study.seed)
         elapsed = time.perf_counter() - start
         self.seconds["scores"] = elapsed
         self.sample_epochs += found.origin.n_samples
@@ -156,7 +158,8 @@ def prepare(study: Study, run: Path | None = None, options: Mapping[str, Any] | 
     probe: Probe | None = None
     if study.head_warmup:
         start = time.perf_counter()
-        probe = ridge_probe(model, catalog, task, device=device, seed=study.seed)
+        with thread_count(threads):
+            probe = ridge_probe(model, catalog, task, device=device, seed=study.seed)
         _load_head(model, probe.state)
         seconds["probe"] = time.perf_counter() - start
     head = _head_state(model, catalog)
