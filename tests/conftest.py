@@ -27,19 +27,20 @@ _ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
 _unlisted: list[str] = []
 
 
-def _allowed() -> list[str]:
-    lines = _ALLOWED_SKIPS.read_text().splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+def _allowed() -> list[tuple[str, str]]:
+    lines = [line for line in _ALLOWED_SKIPS.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    pairs = [line.partition(": ") for line in lines]
+    return [(place, reason) for place, _, reason in pairs]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note every skip that the committed list does not hold."""
     if not report.skipped or hasattr(report, "wasxfail"):
         return
-    reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    line = f"{report.nodeid}: {reason.removeprefix('Skipped: ')}"
-    if not any(line.startswith(allowed) for allowed in _allowed()):
-        _unlisted.append(line)
+    text = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = text.removeprefix("Skipped: ")
+    if not any(report.nodeid.startswith(place) and reason.startswith(known) for place, known in _allowed()):
+        _unlisted.append(f"{report.nodeid}: {reason}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

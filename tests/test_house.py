@@ -241,11 +241,27 @@ def test_every_module_is_tested_in_its_own_room() -> None:
     assert not missing, "no test of the room imports these"
 
 
-def test_no_test_is_skipped_without_being_listed() -> None:
-    """The list itself: every line begins with a test file that exists. The comparison is made by conftest.py in CI."""
+def test_the_list_of_skips_names_tests_that_exist_and_reasons() -> None:
     for line in committed_list("allowed_skips.txt"):
-        assert (ROOT / line.split("::")[0]).is_file(), line
-        assert ": " in line, f"{line} names no reason"
+        place, _, reason = line.partition(": ")
+        assert (ROOT / place.split("::")[0]).is_file(), line
+        assert reason, line
+
+
+@pytest.mark.parametrize(("ci", "reason", "code"), [("true", "no luck", 1), ("true", "known: today", 0), ("", "x", 0)])
+def test_a_skip_that_is_not_listed_fails_the_run_of_ci(tmp_path: Path, ci: str, reason: str, code: int) -> None:
+    shutil.copy(TESTS / "conftest.py", tmp_path)
+    (tmp_path / "allowed_skips.txt").write_text("# comment\ntest_it.py: known\n")
+    (tmp_path / "test_it.py").write_text(f"import pytest\ndef test_it(): pytest.skip({reason!r})\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CI": ci},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("skips that allowed_skips.txt does not list" in done.stdout) == bool(code)
 
 
 # Behaviour
