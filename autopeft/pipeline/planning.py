@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopeft.allocation.from_spt import read_spt, spt_allocation
+from autopeft.allocation.from_spt import SptFile, read_spt, spt_allocation
 from autopeft.config.decode import study_to_dict
 from autopeft.core.allocation import Allocation
+from autopeft.errors import UsageError
 from autopeft.pipeline.events import Emit, Event, silent
 from autopeft.pipeline.plan import make_plan
 from autopeft.pipeline.planfile import Plan
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from autopeft.config.study import Study
 
 __all__ = ["as_plan", "plan_from_spt", "plan_study"]
+
+_STRUCTURED = ("lora", "adapter")
 
 
 def as_plan(prepared: Prepared, study: Study, allocation: Allocation, seed: int | None = None) -> Plan:
@@ -48,6 +51,14 @@ def plan_study(study: Study, emit: Emit = silent) -> Plan:
     return as_plan(prepared, study, allocation)
 
 
+def _spt_allocation(file: SptFile, prepared: Prepared, study: Study) -> Allocation:
+    """The file's plan with LoRA or adapter modules, whichever the file's own count fits: it does not say which."""
+    found = [spt_allocation(file, prepared.catalog, study.methods, key) for key in _STRUCTURED if key in study.methods]
+    if not found:
+        raise UsageError(f"an SPT file needs one of the methods {', '.join(_STRUCTURED)}, and the study has neither")
+    return min(found, key=lambda allocation: abs(allocation.trainable - file.params))
+
+
 def plan_from_spt(study: Study, path: Path, emit: Emit = silent) -> Plan:
     """The allocation that SPT's authors released in a file, as a plan for the study's model and data.
 
@@ -57,7 +68,10 @@ def plan_from_spt(study: Study, path: Path, emit: Emit = silent) -> Plan:
     """
     file = read_spt(path)
     prepared = prepare(dataclasses.replace(study, head_warmup=False))
-    allocation = spt_allocation(file, prepared.catalog, study.methods)
+    allocation = _spt_allocation(file, prepared, study)
     emit(Event("result", f"{path.name}: {len(allocation)} options for {allocation.trainable:,} parameters"))
+    if allocation.trainable != file.params:
+        text = f"the file counts {file.params:,} parameters, its modules as built here have {allocation.trainable:,}"
+        emit(Event("warning", text))
     plan = as_plan(prepared, study, allocation)
     return dataclasses.replace(plan, head={})

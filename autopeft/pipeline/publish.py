@@ -29,7 +29,11 @@ def publish(record: Record, run: RunFolder, searcher: OptunaSearcher, catalog: C
 
     A dashboard that cannot be written to never fails a run.
     """
-    predicted = {t.number: sum(o["gain"] for o in read_json(run.root / t.plan)["options"]) for t in record.trials}
+    predicted = {
+        t.number: sum(o["gain"] for o in read_json(run.root / t.plan)["options"])
+        for t in record.trials
+        if t.role != "baseline"
+    }
     sensitivity: dict[str, float] = {}
     for place, total in scores.totals.items():
         sensitivity[place.site] = sensitivity.get(place.site, 0.0) + total

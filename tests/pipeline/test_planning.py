@@ -1,0 +1,100 @@
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from autopeft.allocation.from_spt import read_spt
+from autopeft.cli.main import app
+from autopeft.config.decode import load_study
+from autopeft.pipeline.planfile import read_plan
+from autopeft.pipeline.planning import plan_from_spt
+from autopeft.pipeline.replay import replay
+
+FILES = Path(os.environ.get("AUTOPEFT_SPT_FILES", Path(__file__).parents[3] / "shared/data/spt_allocations"))
+VIT_B = {"model.spec": "vit_base_patch16_224", "model.pretrained": False, "model.img_size": 32}
+
+
+@pytest.mark.skipif(not FILES.is_dir(), reason="the released SPT files are not on this machine")
+@pytest.mark.parametrize(
+    ("name", "module", "other"), [("lora_cifar_0.4", "lora", "adapter"), ("adapter_cifar_0.4", "adapter", "lora")]
+)
+def test_released_files_are_read_with_their_own_modules(pictures, name, module, other):
+    study = load_study([], {**VIT_B, "data.spec": str(pictures)})
+    said = []
+    plan = plan_from_spt(study, FILES / f"{name}.pth", said.append)
+    used = {o.method for o in plan.allocation}
+    assert module in used
+    assert other not in used
+    assert plan.allocation.trainable == read_spt(FILES / f"{name}.pth").params
+    assert not [event for event in said if event.kind == "warning"], said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FILES.is_dir(), reason="the released SPT files are not on this machine")
+def test_a_released_allocation_trains(pictures, tmp_path):
+    study = load_study([], {**VIT_B, "data.spec": str(pictures)})
+    plan = plan_from_spt(study, FILES / "lora_svhn_0.1.pth")
+    done = replay(plan, tmp_path / "trained", overrides={"train.epochs": 1})
+    assert done.result.outcome.status == "done"
+    assert done.result.outcome.trainable == plan.allocation.trainable
+
+
+def test_plan_writes_a_file_that_reads_back(small, pictures, tmp_path):
+    path = tmp_path / "plan.json"
+    result = CliRunner().invoke(app, ["plan", *small, "--data", str(pictures), "-o", str(path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(path)
+    assert plan.allocation.spent <= plan.allocation.budget.limit == 373
+    assert "head not counted" in result.stdout
+    for option in plan.allocation:
+        assert option.site in result.stdout
+
+
+def test_the_same_settings_give_the_same_plan(small, pictures, tmp_path):
+    digests = set()
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.json"
+        CliRunner().invoke(app, ["plan", *small, "--data", str(pictures), "-o", str(path)], catch_exceptions=False)
+        digests.add(read_plan(path).allocation.digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("allocator", ["random", "head_only", "uniform", "spt"])
+def test_every_allocator_plans_within_the_budget(small, pictures, tmp_path, allocator):
+    path = tmp_path / "plan.json"
+    args = ["plan", *small, "--data", str(pictures), "--allocator", allocator, "-o", str(path), "fused=slices"]
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(path)
+    assert plan.allocation.spent <= 373
+    assert len(plan.allocation) or allocator == "head_only"
+
+
+@pytest.mark.parametrize("scorer", ["gradient", "magnitude", "random"])
+def test_every_scorer_plans(small, pictures, tmp_path, scorer):
+    path = tmp_path / "plan.json"
+    args = ["plan", *small, "--data", str(pictures), "--scorer", scorer, "-o", str(path)]
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    assert len(read_plan(path).allocation)
+
+
+@pytest.mark.parametrize(("budget", "unit"), [("100", "trainable"), ("2KB", "bytes"), ("300entries", "entries")])
+def test_every_unit_of_budget(small, pictures, tmp_path, budget, unit):
+    path = tmp_path / "plan.json"
+    args = ["plan", *small, "--data", str(pictures), "--budget", budget, "-o", str(path)]
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(path)
+    assert plan.allocation.budget.unit == unit
+    assert 0 < plan.allocation.spent <= plan.allocation.budget.limit
+
+
+def test_a_budget_like_a_uniform_plan(small, pictures, tmp_path):
+    path = tmp_path / "plan.json"
+    args = ["plan", *small, "--data", str(pictures), "--budget", "like:lora-r1@qkv", "-o", str(path)]
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    # Two blocks, rank 1 on 48 x 16: 2 * (48 + 16).
+    assert read_plan(path).allocation.budget.limit == 128
