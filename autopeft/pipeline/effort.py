@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,27 +29,46 @@ _TRIAL_SHARE = 0.6
 
 _MIN_EPOCHS = 2
 
+_LARGE = 10_000
+_SMALLEST_SHARE = 0.1
+_PER_CLASS = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How long trainings are.
 
     Attributes:
-        epochs: full fidelity: a trial that is not pruned, a tuned contender, a training at the end.
+        epochs: full fidelity: a trial that is not pruned, a tuned contender, a training at the end. Counted in epochs
+            of `fraction` of the data.
         rung: epochs of the short runs that choose a learning rate and a variant.
+        fraction: share of the inner split that one epoch visits: 1 for small data, so that rungs are whole epochs.
         seconds_per_sample: measured time of one training step per sample, 0 when not measured.
         planned_seconds: predicted time of all trainings, 0 when not measured.
     """
 
     epochs: int
     rung: int
+    fraction: float = 1.0
     seconds_per_sample: float = 0.0
     planned_seconds: float = 0.0
 
     @classmethod
-    def of(cls, epochs: int) -> Effort:
-        """The effort of a given number of epochs; a rung is a third of it, at least one epoch."""
-        return cls(epochs, max(1, epochs // 3))
+    def of(cls, epochs: int, inner: int, classes: int) -> Effort:
+        """The effort of a number of passes over the data; the short runs are a third of it, at least one epoch.
+
+        From 10,000 inner samples on, epochs visit a share of them, at least a tenth and 50 per class: the first rungs
+        are then fractions of the data, and the short runs a ninth.
+
+        Args:
+            epochs: passes over the inner split.
+            inner: its samples.
+            classes: number of classes.
+        """
+        if inner < _LARGE:
+            return cls(epochs, max(1, epochs // 3))
+        parts = max(1, math.floor(1 / max(_SMALLEST_SHARE, _PER_CLASS * classes / inner)))
+        return cls(epochs * parts, max(1, epochs * parts // 9), 1 / parts)
 
 
 def plan_effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], spent_seconds: float) -> Effort:
@@ -60,22 +81,26 @@ def plan_effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], spe
         spent_seconds: seconds gone already.
     """
     limit = study.search.time_limit
+    inner, classes = prepared.task.sizes["inner"], len(prepared.task.classes)
     if limit is None:
-        return Effort.of(study.train.epochs)
+        return Effort.of(study.train.epochs, inner, classes)
     speed = measure_speed(prepared, study, groups[-1].candidates[0].allocation)
     available = max(0.0, limit - spent_seconds) * _RESERVE
     for epochs in range(study.train.epochs, _MIN_EPOCHS, -1):
-        planned = _samples(prepared, study, groups, Effort.of(epochs)) * speed
+        effort = Effort.of(epochs, inner, classes)
+        planned = _samples(prepared, study, groups, effort) * speed
         if planned <= available:
-            return Effort(epochs, Effort.of(epochs).rung, speed, planned)
-    effort = Effort.of(min(_MIN_EPOCHS, study.train.epochs))
-    return Effort(effort.epochs, effort.rung, speed, _samples(prepared, study, groups, effort) * speed)
+            break
+    else:
+        effort = Effort.of(min(_MIN_EPOCHS, study.train.epochs), inner, classes)
+        planned = _samples(prepared, study, groups, effort) * speed
+    return dataclasses.replace(effort, seconds_per_sample=speed, planned_seconds=planned)
 
 
 def finish_seconds(prepared: Prepared, study: Study, effort: Effort) -> float:
     """Predicted time of the trainings at the end."""
     both = prepared.task.sizes["inner"] + prepared.task.sizes["outer"]
-    return _CONTENDERS * study.search.seeds * effort.epochs * both * effort.seconds_per_sample
+    return _CONTENDERS * study.search.seeds * effort.epochs * effort.fraction * both * effort.seconds_per_sample
 
 
 def measure_speed(prepared: Prepared, study: Study, allocation: Allocation, steps: int = 4) -> float:
@@ -106,4 +131,4 @@ def _samples(prepared: Prepared, study: Study, groups: tuple[Group, ...], effort
         weight = 0.5 if not len(group.candidates[0].allocation) else 1.0
         runs += weight * ((variants * effort.rung if variants > 1 else 0) + effort.epochs)
     search = (runs + study.search.trials * effort.epochs * _TRIAL_SHARE) * inner
-    return search + _CONTENDERS * study.search.seeds * effort.epochs * (inner + outer)
+    return effort.fraction * (search + _CONTENDERS * study.search.seeds * effort.epochs * (inner + outer))

@@ -68,12 +68,14 @@ def finish(runner: Runner, winner: Finalist, baselines: tuple[Finalist, ...], ru
         TrainingFailed: when the winner diverges with every seed.
     """
     runner.prepared.task.unseal_test()
-    epochs = winner.study.train.epochs
+    epochs, fraction = winner.study.train.epochs, winner.study.train.data_fraction
     seeds = [winner.study.seed + i for i in range(winner.study.search.seeds)]
     entries: list[list[Entry]] = []
     finalists = (winner, *baselines)
     for order, finalist in enumerate(finalists):
-        study = dataclasses.replace(finalist.study, train=dataclasses.replace(finalist.study.train, epochs=epochs))
+        study = dataclasses.replace(
+            finalist.study, train=dataclasses.replace(finalist.study.train, epochs=epochs, data_fraction=fraction)
+        )
         found = []
         for index, seed in enumerate(seeds):
             runner.emit(

@@ -185,6 +185,8 @@ def _announce(prepared: Prepared, emit: Emit) -> None:
 
 def _announce_effort(effort: Effort, study: Study, groups: tuple[Group, ...], emit: Emit) -> None:
     text = f"{len(groups)} contenders, {study.search.trials} trials, {effort.epochs} epochs each"
+    if effort.fraction < 1:
+        text += f" of {effort.fraction:.0%} of the data"
     if effort.planned_seconds:
         text += f", {effort.planned_seconds:.0f} s planned"
     emit(Event("stage", text))
@@ -297,12 +299,12 @@ def _finalist(run: RunFolder, study: Study, trial: Trial) -> Finalist:
 
 def _costs(runner: Runner, winner: Finalist) -> dict[str, float]:
     """Samples seen per stage, also by earlier processes of this run, and in one full training for comparison."""
-    sizes = runner.prepared.task.sizes
+    sizes, train = runner.prepared.task.sizes, winner.study.train
     return {
         "scoring": float(runner.prepared.scores.origin.n_samples),
         "search": float(runner.ledger.sample_epochs("outer")),
         "finish": float(runner.ledger.sample_epochs(_SEALED)),
-        "full_training": float(winner.study.train.epochs * (sizes["inner"] + sizes["outer"])),
+        "full_training": train.epochs * train.data_fraction * (sizes["inner"] + sizes["outer"]),
     }
 
 

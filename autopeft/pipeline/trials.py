@@ -130,7 +130,10 @@ class TrialLoop:
         label, plan = f"trial {place}", self._run.plan(place)
         self._runner.emit(Event("progress", label, self._searcher.count(), total))
         study = apply_knobs(self._study, suggestion.values)
-        study = dataclasses.replace(study, train=dataclasses.replace(study.train, epochs=self._effort.epochs))
+        study = dataclasses.replace(
+            study,
+            train=dataclasses.replace(study.train, epochs=self._effort.epochs, data_fraction=self._effort.fraction),
+        )
         try:
             allocation = make_plan(self._runner.prepared, study)
         except InfeasibleBudget as error:
@@ -203,6 +206,6 @@ def make_trial(
         mix,
         outcome,
         rewards,
-        epochs * prepared.task.sizes["inner"],
+        round(epochs * study.train.data_fraction * prepared.task.sizes["inner"]),
         str(plan.relative_to(root)),
     )

@@ -38,8 +38,8 @@ class Tuned:
 
 
 def learning_rate_scales(tries: int) -> tuple[float, ...]:
-    """`tries` factors half a decade apart: 1; 1 and 3.2; 0.32, 1 and 3.2; ..."""
-    low = -((tries - 1) // 2)
+    """`tries` factors half a decade apart: 1; 0.32 and 1; 0.32, 1 and 3.2; ..."""
+    low = -(tries // 2)
     return tuple(_STEP**i for i in range(low, low + tries))
 
 
@@ -55,16 +55,17 @@ def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
     if len(arms) > 1:
         ranked = []
         for order, (candidate, scale) in enumerate(arms):
-            trial = _with(study, scale, effort.rung)
+            trial = _with(study, scale, effort.rung, effort.fraction)
             entry = runner.train(trial, candidate.allocation, label=f"{candidate.name}, learning rate x{scale:.2g}")
             ranked.append((runner.rank(trial, entry.outcome), -order))
         best = arms[-max(ranked)[1]]
     candidate, scale = best
-    chosen = _with(study, scale, effort.epochs)
+    chosen = _with(study, scale, effort.epochs, effort.fraction)
     entry = runner.train(chosen, candidate.allocation, label=candidate.name)
     return Tuned(candidate, chosen, scale, entry.outcome)
 
 
-def _with(study: Study, lr_scale: float, epochs: int) -> Study:
-    train = dataclasses.replace(study.train, lr_scale=study.train.lr_scale * lr_scale, epochs=epochs)
+def _with(study: Study, lr_scale: float, epochs: int, fraction: float) -> Study:
+    scale = study.train.lr_scale * lr_scale
+    train = dataclasses.replace(study.train, lr_scale=scale, epochs=epochs, data_fraction=fraction)
     return dataclasses.replace(study, train=train)

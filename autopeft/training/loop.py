@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -154,9 +155,12 @@ class _Run:
         self.optimizer = make_optimizer(self.inserted, self.settings, self.methods)
         self._parameters: list[nn.Parameter] = [p for g in self.optimizer.param_groups for p in g["params"]]
         self._liveness = Liveness(self.inserted.named_adapters())
-        self._steps_per_epoch = _length(self._batches(0))
-        if not self._steps_per_epoch:
+        length = _length(self._batches(0))
+        if not length:
             raise UsageError(f"there is nothing to train on: {' + '.join(self.splits)} has no batch")
+        self._steps_per_epoch = math.ceil(self.settings.data_fraction * length)
+        samples = sum(self.task.sizes[split] for split in self.splits)
+        self._samples_per_epoch = math.ceil(samples * self._steps_per_epoch / length)
         self._begun = time.perf_counter()
         self._saved_at = self._begun
         facts = {
@@ -185,7 +189,7 @@ class _Run:
             losses=done.losses,
             epochs=done.epoch,
             steps=done.epoch * self._steps_per_epoch,
-            sample_epochs=done.epoch * sum(self.task.sizes[split] for split in self.splits),
+            sample_epochs=done.epoch * self._samples_per_epoch,
             optimised=optimised_count(self.optimizer),
             seconds=self._seconds(),
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
@@ -200,7 +204,7 @@ class _Run:
         seed_all(derive_seed(self.seed, "noise", epoch))
         watchdog = Watchdog(1 if self.device.type == "cpu" else _LOOK_EVERY, self._describe, self.progress.loss_sum)
         total = self.settings.epochs * self._steps_per_epoch
-        for index, batch in enumerate(self._batches(epoch)):
+        for index, batch in enumerate(islice(self._batches(epoch), self._steps_per_epoch)):
             if index < first:
                 continue
             if index == first and first:

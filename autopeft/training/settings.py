@@ -93,6 +93,8 @@ class TrainSettings:
 
     Attributes:
         epochs: passes over the training split; the schedule is over all of them, also when training stops at a rung.
+        data_fraction: share of the training split that an epoch visits, in (0, 1]; another random share each time.
+            Large data sets are searched in such short epochs, so that a bad trial need not see all of it once.
         lr: peak learning rates.
         lr_scale: multiplies every rate of `lr` but the head's.
         weight_decay: decoupled decay of tensors with two or more dimensions; vectors and scalars are not decayed.
@@ -108,6 +110,7 @@ class TrainSettings:
     """
 
     epochs: int = 15
+    data_fraction: float = 1.0
     lr: LearningRates = field(default_factory=LearningRates)
     lr_scale: float = 1.0
     weight_decay: float = 1e-4
@@ -120,6 +123,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _check_count("train.epochs", self.epochs)
+        _check_number("train.data_fraction", self.data_fraction, 0.0, 1.0, open_low=True)
         if not isinstance(self.lr, LearningRates):
             raise UsageError(f"train.lr must hold one learning rate per family, got {self.lr!r}")
         _check_number("train.lr_scale", self.lr_scale, 0.0, math.inf, open_low=True)

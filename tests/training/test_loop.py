@@ -324,3 +324,21 @@ def test_arguments_that_do_not_fit(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         _fit(insert(), methods, **change)
+
+
+def test_a_fraction_of_the_data_is_another_one_each_epoch(insert: Insert, methods: dict[str, Any]) -> None:
+    seen: list[list[float]] = []
+
+    class Watched(ToyTask):
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            seen.append(batch[0].sum((1, 2, 3)).tolist())
+            return super().loss(model, batch)
+
+    result = _fit(insert(), methods, Watched(), TrainSettings(epochs=6, data_fraction=0.3), watch=None)
+    # Two of four batches of 8 per epoch: 0.3 is rounded up to whole batches.
+    assert (result.epochs, result.steps, result.sample_epochs) == (6, 12, 96)
+    epochs = [frozenset(seen[2 * i] + seen[2 * i + 1]) for i in range(6)]
+    assert all(len(epoch) == 16 for epoch in epochs)
+    assert len(set(epochs)) == 6
+    with pytest.raises(UsageError, match="data_fraction"):
+        TrainSettings(data_fraction=0.0)
