@@ -2,8 +2,9 @@
 
     python studies/method_priors/run.py --output studies/method_priors/result.json
 
-Every method (and all of them together) packs the same budget with the same scores and solver, and is trained at three
-learning rates with two seeds on the inner split. The outer split is measured; the test split stays sealed.
+Every method alone, and all of them with and without the calibration, packs the same budget with the same scores and
+solver, and is trained at three learning rates with two seeds on the inner split. The outer split is measured; the test
+split stays sealed.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def main() -> None:
     prepared = prepare(study)
     runner = Runner(prepared, Ledger(args.output.parent / "ledger"), say)
     rows = {}
-    for name in [*study.methods, "all together"]:
-        methods = study.methods if name == "all together" else {name: study.methods[name]}
-        one = dataclasses.replace(study, methods=methods)
+    plain = dataclasses.replace(study, gain=dataclasses.replace(study.gain, calibration={}))
+    menus = {name: dataclasses.replace(plain, methods={name: method}) for name, method in study.methods.items()}
+    menus |= {"all, not calibrated": plain, "all, calibrated": study}
+    for name, one in menus.items():
         try:
             plan = make_plan(prepared, one)
         except InfeasibleBudget as error:
@@ -58,8 +60,7 @@ def main() -> None:
                 runner.train(trained, plan, label=f"{name} x{scale}", seed=seed).outcome for seed in range(args.seeds)
             ]
         mean = {
-            scale: sum(o.metrics.get("top1", 0.0) for o in outcomes) / len(outcomes)
-            for scale, outcomes in tried.items()
+            scale: sum(o.metrics.get("top1", 0.0) for o in outcomes) / args.seeds for scale, outcomes in tried.items()
         }
         best = max(mean, key=lambda scale: mean[scale])
         mix: dict[str, int] = {}
