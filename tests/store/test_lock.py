@@ -25,9 +25,12 @@ time.sleep(600)
 
 FORK = """
 import os
+ready, told = os.pipe()
 child = os.fork()
 if child == 0:
+    os.write(told, b".")
     time.sleep(600)
+os.read(ready, 1)
 print(child, flush=True)
 """
 
