@@ -15,6 +15,9 @@ __all__ = ["resume"]
 
 def resume(
     run: Annotated[Path, typer.Argument(help="run folder")],
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL, when its password is not kept", envvar="AUTOPEFT_STORAGE")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="trials in all; as before when not given")] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -31,5 +34,5 @@ def resume(
         raise StoreError(f"there is no run in {run}: {folder.study.name} is missing. Start one with autopeft search")
     flags = {} if trials is None else {"search.trials": trials}
     with Talk(quiet=quiet or json) as talk:
-        record = run_search(load_study([folder.study], flags), folder, emit=talk)
+        record = run_search(load_study([folder.study], flags), folder, emit=talk, storage=storage)
     show_record(record, run, as_json=json)

@@ -14,7 +14,7 @@ from autopeft.config.decode import study_from_dict, study_to_dict, study_to_yaml
 from autopeft.core.codec import decode, encode
 from autopeft.core.outcome import Split
 from autopeft.core.record import Record, Role, Trial
-from autopeft.errors import StaleRun, TrainingFailed
+from autopeft.errors import StaleRun, TrainingFailed, UsageError
 from autopeft.models.graph import dataflow
 from autopeft.pipeline.contenders import Group, contender_groups
 from autopeft.pipeline.deliver import deliver, with_exports
@@ -34,6 +34,7 @@ from autopeft.pipeline.tune import Tuned, tune
 from autopeft.store.atomic import read_json, write_json, write_text
 from autopeft.store.lock import RunLock
 from autopeft.store.paths import RunFolder
+from autopeft.store.storage import masked_url
 from autopeft.training.preempt import preemptible
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def run_search(
             write_json(run.catalog, encode(prepared.catalog))
             effort = _effort(prepared, study, groups, run, time.perf_counter() - started)
             _announce_effort(effort, study, groups, emit)
+            storage, study_name = _remembered(run, storage, study_name)
             searcher = open_searcher(prepared, study, run, effort, storage=storage, name=study_name)
         searcher.reap()
         runner = Runner(prepared, Ledger(run.root / "ledger"), emit)
@@ -116,6 +118,29 @@ def _removed_on_failure(missing: Sequence[Path]) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _remembered(run: RunFolder, storage: str | None, name: str | None) -> tuple[str | None, str | None]:
+    """Storage and study name as given, or as they were when the run began.
+
+    A URL with a password is remembered without it, and has to be given again.
+
+    Raises:
+        UsageError: when the URL has to be given again.
+    """
+    path = run.root / "storage.json"
+    if storage is not None:
+        write_json(path, {"url": masked_url(storage), "study": name})
+        return storage, name
+    if not path.is_file():
+        return None, name
+    known = read_json(path)
+    if "***" in known["url"]:
+        raise UsageError(
+            f"the study of {run.root} lies in {known['url']}, whose password is not kept; "
+            f"give --storage URL or set AUTOPEFT_STORAGE"
+        )
+    return known["url"], name or known["study"]
 
 
 def _claim(study: Study, run: RunFolder) -> None:

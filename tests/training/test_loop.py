@@ -120,7 +120,8 @@ def test_stopped_at_a_rung_and_continued_equals_uninterrupted(
     assert _same(whole.state(), parts.state())
     assert result.curve == expected.curve == tuple(seen)
     assert (result.losses, result.metrics, result.steps) == (expected.losses, expected.metrics, expected.steps)
-    assert result.seconds > first.seconds
+    # The first stretch is counted in; what it took after its checkpoint was saved is not.
+    assert result.seconds > 0.5 * first.seconds
 
 
 class Interrupted(ToyTask):
