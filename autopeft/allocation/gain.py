@@ -124,6 +124,7 @@ def energies(
     *,
     fused: Fused = "whole",
     budget: Budget,
+    mergeable: bool = False,
 ) -> Energies:
     """Every size of every method at every site that the budget could pay for alone, with its uncorrected gain.
 
@@ -135,11 +136,12 @@ def energies(
         scores: what the gains are computed from.
         fused: whether fused projections are offered whole, as slices, or both.
         budget: sizes that cost more than its limit are left out.
+        mergeable: whether to leave out what cannot be merged into the model's own tensors.
 
     Raises:
         UsageError: when a method predicts a gain that is not finite.
     """
-    return _measure(catalog, methods, scores, fused, budget)
+    return _measure(catalog, methods, scores, fused, budget, mergeable)
 
 
 def build_menu(
@@ -166,7 +168,7 @@ def build_menu(
     Raises:
         UsageError: when a method predicts a gain that is not finite.
     """
-    known = energies if energies is not None else _measure(catalog, methods, scores, fused, budget)
+    known = energies if energies is not None else _measure(catalog, methods, scores, fused, budget, False)
     scale = {
         key: policy.methods.get(key, 1.0) * policy.calibration.get(method.family, 1.0)
         for key, method in methods.items()
@@ -183,13 +185,21 @@ def build_menu(
     return Menu(options, known.sites, known.scores)
 
 
-def _measure(catalog: Catalog, methods: Mapping[str, Method], scores: Scores, fused: Fused, budget: Budget) -> Energies:
+def _measure(
+    catalog: Catalog,
+    methods: Mapping[str, Method],
+    scores: Scores,
+    fused: Fused,
+    budget: Budget,
+    mergeable: bool,
+) -> Energies:
     sites = {site.name: site for site in catalog.candidates(fused)}
     options = [
         option
         for site in sites.values()
         if site.name in scores.evidence
         for key, method in methods.items()
+        if not mergeable or method.mergeable(site)
         for option in _options(catalog, site, key, method, scores, budget)
     ]
     options.sort(key=lambda o: o.order)

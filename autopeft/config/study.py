@@ -152,6 +152,8 @@ class Study:
         methods: name to method; names are what plans and reports speak of.
         scorer: how sensitivity is measured.
         allocator: how the budget is spent.
+        mergeable: whether to offer only what can be merged into the model's own tensors, so that every plan leaves as a
+            plain checkpoint; off also offers bottleneck adapters.
         gain: corrections to the predicted gains; most knobs lie here.
         backend: how adapters are inserted.
         train: the inner loop.
@@ -179,6 +181,7 @@ class Study:
     allocator: Annotated[Allocator, Plugin("allocation")] = field(
         default_factory=lambda: _builtin("allocation", "knapsack")
     )
+    mergeable: bool = True
     gain: GainPolicy = field(default_factory=GainPolicy)
     backend: Annotated[Backend, Plugin("backends")] = field(default_factory=lambda: _builtin("backends", "native"))
     train: TrainSettings = field(default_factory=TrainSettings)

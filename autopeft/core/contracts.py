@@ -126,8 +126,8 @@ class Method(Protocol):
     """A kind of trainable part.
 
     Laws: identity at step 0, or documented; the built parameters number exactly `cost`; no gradient is None at step 1
-    and none is zero by step 2; merged equals unmerged; saved and loaded into a fresh base, the same output; only the
-    claimed places change.
+    and none is zero by step 2; merged equals unmerged, and `mergeable` says where it merges; saved and loaded into a
+    fresh base, the same output; only the claimed places change.
     """
 
     @property
@@ -145,6 +145,10 @@ class Method(Protocol):
 
     def cost(self, site: Site, size: int) -> Cost:
         """The exact price of one size on this site."""
+        ...
+
+    def mergeable(self, site: Site) -> bool:
+        """Whether what it builds on this site can be merged into the model's own tensors, known without building."""
         ...
 
     def build(self, site: Site, option: Option, host: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -22,6 +22,10 @@ class SingleSize:
         """1 where it can be used."""
         return (1,) if self.slots(site) else ()
 
+    def mergeable(self, site: Site) -> bool:
+        """Yes: the change is one of the host's own tensors."""
+        return True
+
     def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
         """None: no entries are chosen."""
         return None

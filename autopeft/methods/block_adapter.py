@@ -63,6 +63,10 @@ class BlockAdapter:
             return (0.0,) * len(sizes)
         return tuple(_SLOPE_SQUARED * top for top in captured(squared_singular_values(output.signal), sizes))
 
+    def mergeable(self, site: Site) -> bool:
+        """No: a bottleneck is not linear in its input."""
+        return False
+
     def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
         """None: no entries are chosen."""
         return None

@@ -73,6 +73,10 @@ class BottleneckAdapter:
         spectrum = squared_singular_values(_product(g.cpu(), w.cpu()))
         return tuple(_SLOPE_SQUARED * top + shift for top in captured(spectrum, sizes))
 
+    def mergeable(self, site: Site) -> bool:
+        """No: a bottleneck is not linear in its input."""
+        return False
+
     def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
         """None: no entries are chosen."""
         return None

@@ -67,6 +67,10 @@ class Core:
         total = square.cumsum(0).cumsum(1).diagonal()
         return tuple(float(total[min(size, rank) - 1]) for size in sizes)
 
+    def mergeable(self, site: Site) -> bool:
+        """Yes: the change is one of the host's own tensors."""
+        return True
+
     def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
         """None: no entries are chosen."""
         return None

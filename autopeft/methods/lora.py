@@ -67,6 +67,10 @@ class LoRA:
         """Sum of the r largest squared singular values of the signal: the most that any rank-r step can capture."""
         return captured(squared_singular_values(evidence["weight"].signal.flatten(1)), sizes)
 
+    def mergeable(self, site: Site) -> bool:
+        """Yes: the change is one of the host's own tensors."""
+        return True
+
     def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
         """None: no entries are chosen."""
         return None

@@ -95,6 +95,10 @@ class Sparse:
         best_first = chosen[torch.sort(score, descending=True, stable=True).indices]
         return captured(known.signal.detach().to("cpu").flatten()[best_first].double().square(), sizes)
 
+    def mergeable(self, site: Site) -> bool:
+        """Yes: the change is one of the host's own tensors."""
+        return True
+
     def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
         """The `size` entries with the largest score, the first ones among equals."""
         n = check_size("sparse", site, size, self.sizes(site))

@@ -43,6 +43,10 @@ class SSF(SingleSize):
         check_size("ssf", site, size, self.sizes(site))
         return Cost.plain(2 * site.out_features, entries=site.n_weight + site.out_features, tensors=2)
 
+    def mergeable(self, site: Site) -> bool:
+        """Where the host has a bias that the shift can go into."""
+        return site.has_bias
+
     def build(self, site: Site, option: Option, host: nn.Module, generator: torch.Generator) -> SSFAdapter:
         """The identity; nothing is random."""
         check_size("ssf", site, option.size, self.sizes(site))

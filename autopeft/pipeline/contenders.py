@@ -114,7 +114,7 @@ def _priced_menu(prepared: Prepared, study: Study, keys: Iterable[str], fused: F
         method = study.methods[key]
         for site in sites.values():
             slots = method.slots(site)
-            if not slots:
+            if not slots or (study.mergeable and not method.mergeable(site)):
                 continue
             places = tuple(sorted(prepared.catalog.places(site, slots)))
             for size in method.sizes(site):

@@ -60,7 +60,8 @@ def _too_small(prepared: Prepared, study: Study) -> InfeasibleBudget:
     cheapest: tuple[int, str, str, int] | None = None
     for site in prepared.catalog.candidates(study.fused):
         for key, method in study.methods.items():
-            if method.slots(site) and (sizes := method.sizes(site)):
+            offered = method.slots(site) and (method.mergeable(site) or not study.mergeable)
+            if offered and (sizes := method.sizes(site)):
                 cost = method.cost(site, sizes[0]).of(budget.unit)
                 if cheapest is None or cost < cheapest[0]:
                     cheapest = (cost, key, site.name, sizes[0])

@@ -95,11 +95,18 @@ class Prepared:
     def energies(self, study: Study, budget: Budget | None = None) -> Energies:
         """Uncorrected gains of every option, computed once per set of methods."""
         budget = budget or self.budget
-        key = (repr(sorted(study.methods.items())), study.fused, budget.unit, str(budget.limit))
+        key = (repr(sorted(study.methods.items())), study.fused, budget.unit, str(budget.limit), str(study.mergeable))
         if key not in self._energies:
             scores, start = self.scores, time.perf_counter()
             with thread_count(self.threads):
-                self._energies[key] = energies(self.catalog, study.methods, scores, fused=study.fused, budget=budget)
+                self._energies[key] = energies(
+                    self.catalog,
+                    study.methods,
+                    scores,
+                    fused=study.fused,
+                    budget=budget,
+                    mergeable=study.mergeable,
+                )
             self.seconds["gains"] = self.seconds.get("gains", 0.0) + time.perf_counter() - start
         return self._energies[key]
 

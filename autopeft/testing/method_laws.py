@@ -131,6 +131,16 @@ class MethodLaws:
             assert gap <= _close(case.ground.dtype), f"{case}: merged and unmerged outputs differ by {gap:.2e}"
         assert moved > 1e-3 or not merges, f"disturbed parameters change no output: at most by {moved:.2e}"
 
+    def test_mergeable_is_known_before_building(self) -> None:
+        """The method says of a site what the adapter built there says of itself."""
+        method = self.make()
+        for case in self.cases((torch.float32,)):
+            with self._inserted(case, case.ground.model()) as inserted:
+                adapter = inserted.named_adapters()[case.option.key]
+                assert isinstance(adapter, Adapter)
+                said = method.mergeable(case.site)
+                assert said == adapter.mergeable, f"{case}: said mergeable={said}, built {adapter.mergeable}"
+
     def test_loaded_into_a_fresh_base(self) -> None:
         """What was saved, loaded into another model that was initialised from another seed, gives the same output."""
         for case in self.cases():

@@ -98,3 +98,15 @@ def test_a_budget_like_a_uniform_plan(small, pictures, tmp_path):
     assert result.exit_code == 0, result.stderr
     # Two blocks, rank 1 on 48 x 16: 2 * (48 + 16).
     assert read_plan(path).allocation.budget.limit == 128
+
+
+@pytest.mark.parametrize("mergeable", [True, False])
+def test_what_cannot_be_merged_is_offered_on_request_alone(small, pictures, tmp_path, mergeable):
+    path = tmp_path / "plan.json"
+    # Adapters are favoured so much that they are bought wherever they are offered.
+    knobs = ["gain.methods.adapter=1000", f"mergeable={str(mergeable).lower()}"]
+    args = ["plan", *small, "--data", str(pictures), "-o", str(path), *knobs]
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    used = {o.method for o in read_plan(path).allocation}
+    assert ("adapter" in used) != mergeable
