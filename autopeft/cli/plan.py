@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autopeft.cli import options as o
 from autopeft.cli.flags import read_study, study_flags
 from autopeft.cli.progress import Talk
+
+if TYPE_CHECKING:
+    from autopeft.core.allocation import Allocation
 
 __all__ = ["plan"]
 
@@ -75,6 +78,8 @@ def plan(
         return
     spent, limit = made.allocation.spent, made.allocation.budget.limit
     print(f"{spent:,} of {limit:,} {made.allocation.budget.unit} ({spent / max(limit, 1):.1%}), head not counted")
+    if proof := _proof(made.allocation):
+        print(proof)
     print()
     rows = allocation_rows(data_object["options"])
     print(allocation_table(rows).text())
@@ -83,3 +88,17 @@ def plan(
         print(table.text())
     print()
     print("nothing was written" if dry_run else f"wrote {output}; train it with: autopeft train {output}")
+
+
+def _proof(allocation: Allocation) -> str:
+    """How good the solver has proven its plan to be, and what more budget would buy; empty without a proof."""
+    bound, price, gain = allocation.provenance.bound, allocation.provenance.price, allocation.gain
+    if bound is None or bound <= 0:
+        return ""
+    gap = max(0.0, bound - gain) / bound
+    text = "proven optimal" if gap < 1e-12 else f"within {gap:.1e} of the optimum, proven"
+    if price is not None and gain > 0:
+        text += (
+            f"; 1 % more budget would add about {price * 0.01 * allocation.budget.limit / gain:.2%} of predicted gain"
+        )
+    return text

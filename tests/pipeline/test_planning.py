@@ -47,6 +47,7 @@ def test_plan_writes_a_file_that_reads_back(small, pictures, tmp_path):
     plan = read_plan(path)
     assert plan.allocation.spent <= plan.allocation.budget.limit == 373
     assert "head not counted" in result.stdout
+    assert "proven optimal; 1 % more budget would add about" in result.stdout
     for option in plan.allocation:
         assert option.site in result.stdout
 
