@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from autopeft.core.allocation import Allocation
 from autopeft.training.threads import thread_count
 
@@ -115,6 +117,9 @@ def measure_speed(prepared: Prepared, study: Study, allocation: Allocation, step
         for step, batch in enumerate(prepared.task.batches("inner", seed=0)):
             start = time.perf_counter()
             prepared.task.loss(inserted.model, batch).backward()  # type: ignore[no-untyped-call]
+            if prepared.device.type == "cuda":
+                # The device works on after the call returns.
+                torch.cuda.synchronize(prepared.device)
             times.append((time.perf_counter() - start) / len(batch[0]))
             if step == steps:
                 break
