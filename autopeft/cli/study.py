@@ -32,3 +32,8 @@ def _ls(storage: Storage, json: o.Json = False) -> None:
 
 
 study_app.command("ls")(guarded(_ls))
+
+
+@study_app.callback()
+def _group() -> None:
+    """List and show the studies of an Optuna storage."""

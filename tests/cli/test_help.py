@@ -88,3 +88,17 @@ def test_every_command_has_help_without_heavy_imports():
     assert done.returncode == 0, done.stderr
     assert "--budget" in done.stdout
     assert "[KEY.PATH=VALUE]" in done.stdout
+
+
+def test_the_list_of_commands_says_what_the_commands_say():
+    code = """
+        import importlib
+        from autopeft.cli.lazy import COMMANDS
+        for name, (target, line) in COMMANDS.items():
+            module, _, attribute = target.partition(":")
+            found = getattr(importlib.import_module(module), attribute)
+            says = found.info.help if hasattr(found, "info") else found.__doc__.strip().splitlines()[0]
+            assert says == line, (name, says, line)
+    """
+    done = python(code)
+    assert done.returncode == 0, done.stderr

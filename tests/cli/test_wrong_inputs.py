@@ -60,6 +60,14 @@ def test_weights_file_that_does_not_exist(refused, pictures):
     )  # fmt: skip
 
 
+def test_typo_in_a_command(refused):
+    refused(2, "serch", words=["serch", "search"])
+
+
+def test_unknown_flag(refused):
+    refused(2, "search", "--bugdet", "1%", words=["--bugdet"])
+
+
 def test_budget_zero(refused, pictures):
     refused(2, "search", *TINY, pictures, "--budget", "0", words=["'0'", "buys nothing"])
 
