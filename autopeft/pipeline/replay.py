@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopeft.config.decode import study_from_dict
 from autopeft.config.override import override
+from autopeft.core.codec import encode
 from autopeft.core.outcome import Split
 from autopeft.errors import StaleRun, TrainingFailed, UsageError
 from autopeft.pipeline.events import Emit, Event, silent
@@ -89,7 +90,5 @@ def replay(
         raise TrainingFailed(result.outcome.reason)
     trained = as_plan(prepared, study, plan.allocation, plan.seed if seed is None else seed)
     write_plan(trained, folder / "plan.json")
-    from autopeft.core.codec import encode
-
     write_json(folder / "outcome.json", encode(result.outcome))
     return Replay(result, prepared, study, trained)

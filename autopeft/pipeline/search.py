@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from autopeft.config.decode import study_from_dict, study_to_dict, study_to_yaml
+from autopeft.config.decode import load_study, study_from_dict, study_to_dict, study_to_yaml
 from autopeft.core.codec import decode, encode
 from autopeft.core.outcome import Split
 from autopeft.core.record import Record, Role, Trial
@@ -29,7 +30,7 @@ from autopeft.pipeline.planning import as_plan
 from autopeft.pipeline.prepare import Prepared, prepare
 from autopeft.pipeline.publish import publish
 from autopeft.pipeline.runner import Runner
-from autopeft.pipeline.trials import TrialLoop, make_trial, open_searcher
+from autopeft.pipeline.trials import TrialLoop, make_trial, open_searcher, study_identity
 from autopeft.pipeline.tune import Tuned, tune
 from autopeft.store.atomic import read_json, write_json, write_text
 from autopeft.store.lock import RunLock
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from autopeft.config.study import Study
     from autopeft.search.optuna_study import OptunaSearcher
 
-__all__ = ["encode_study", "run_search"]
+__all__ = ["run_search"]
 
 _BASELINES_AT_END = 2
 _SEALED: Split = get_args(Split)[-1]
@@ -152,10 +153,8 @@ def _claim(study: Study, run: RunFolder) -> None:
     if not run.study.is_file():
         write_text(run.study, text)
         return
-    from autopeft.config.decode import load_study
-
     before = load_study([run.study], {})
-    differences = _differences(encode_study(before), encode_study(study))
+    differences = _differences(study_identity(before), study_identity(study))
     if differences:
         path, (old, new) = next(iter(differences.items()))
         raise StaleRun(
@@ -163,18 +162,6 @@ def _claim(study: Study, run: RunFolder) -> None:
             f"Choose another --output, or give the same settings to continue"
         )
     write_text(run.study, text)
-
-
-def encode_study(study: Study) -> dict[str, Any]:
-    """The study as plain data, without what may change when a run is continued."""
-    from autopeft.config.decode import study_to_dict
-
-    data = study_to_dict(study)
-    data.pop("device", None)
-    search = dict(data.get("search", {}))
-    for key in ("trials", "time_limit"):
-        search.pop(key, None)
-    return {**data, "search": search}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
@@ -190,8 +177,6 @@ def _run_token(run: RunFolder) -> str:
     """A text that is the same whenever this run is continued, and no other run's."""
     path = run.root / "token"
     if not path.is_file():
-        import secrets
-
         write_text(path, secrets.token_hex(16))
     return path.read_text().strip()
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from autopeft.pipeline.prepare import Prepared
     from autopeft.pipeline.runner import Runner
 
-__all__ = ["TrialLoop", "make_trial", "open_searcher"]
+__all__ = ["TrialLoop", "make_trial", "open_searcher", "study_identity"]
 
 _POLL_SECONDS = 1.0
 
@@ -58,7 +58,11 @@ def open_searcher(
         goal=study.reward.goals[0],
         metric=study.reward.names[0],
         max_epochs=effort.epochs,
-        identity={"catalog": prepared.catalog.fingerprint, "data": prepared.task.data_hash, "study": _identity(study)},
+        identity={
+            "catalog": prepared.catalog.fingerprint,
+            "data": prepared.task.data_hash,
+            "study": study_identity(study),
+        },
         facts={
             "model": prepared.loaded.name,
             "data": study.data.spec,
@@ -69,8 +73,11 @@ def open_searcher(
     )
 
 
-def _identity(study: Study) -> dict[str, Any]:
-    """What may not differ between two processes of one study."""
+def study_identity(study: Study) -> dict[str, Any]:
+    """What may not differ between two calls or two processes of one study.
+
+    The number of trials, the time limit and the device may.
+    """
     data = study_to_dict(study)
     data.pop("device", None)
     data["search"] = {k: v for k, v in data["search"].items() if k not in ("trials", "time_limit")}
