@@ -45,6 +45,7 @@ class Effort:
             of `fraction` of the data.
         rung: epochs of the short runs that choose a learning rate and a variant.
         fraction: share of the inner split that one epoch visits: 1 for small data, so that rungs are whole epochs.
+        tries: learning rates per contender, where the time limit leaves no room for the study's number; else None.
         seconds_per_sample: measured time of one training step per sample, 0 when not measured.
         planned_seconds: predicted time of all trainings, 0 when not measured.
     """
@@ -52,6 +53,7 @@ class Effort:
     epochs: int
     rung: int
     fraction: float = 1.0
+    tries: int | None = None
     seconds_per_sample: float = 0.0
     planned_seconds: float = 0.0
 
@@ -76,6 +78,8 @@ class Effort:
 def plan_effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], spent_seconds: float) -> Effort:
     """The largest number of epochs, up to the study's, whose trainings fit the time limit; at least 2.
 
+    Where not even 2 fit, every contender is trained with one learning rate alone.
+
     Args:
         prepared: the model and the task.
         study: its `train.epochs` is the most that is tried, its `search.time_limit` the seconds in all.
@@ -95,6 +99,8 @@ def plan_effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], spe
             break
     else:
         effort = Effort.of(min(_MIN_EPOCHS, study.train.epochs), inner, classes)
+        if _samples(prepared, study, groups, effort) * speed > available:
+            effort = dataclasses.replace(effort, tries=1)
         planned = _samples(prepared, study, groups, effort) * speed
     return dataclasses.replace(effort, seconds_per_sample=speed, planned_seconds=planned)
 
@@ -131,7 +137,7 @@ def _samples(prepared: Prepared, study: Study, groups: tuple[Group, ...], effort
     inner, outer = prepared.task.sizes["inner"], prepared.task.sizes["outer"]
     runs = 0.0
     for group in groups:
-        variants = len(group.candidates) * study.search.tries
+        variants = len(group.candidates) * (effort.tries or study.search.tries)
         # A plan without adapters has no backward pass through the model.
         weight = 0.5 if not len(group.candidates[0].allocation) else 1.0
         runs += weight * ((variants * effort.rung if variants > 1 else 0) + effort.epochs)

@@ -49,7 +49,7 @@ def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
     The short runs have complete schedules of their own. The best has the highest reward on the outer split; ties go
     to the lower negative log-likelihood, then to the earlier variant.
     """
-    scales = learning_rate_scales(study.search.tries)
+    scales = learning_rate_scales(effort.tries or study.search.tries)
     arms = [(candidate, scale) for candidate in group.candidates for scale in scales]
     best = arms[0]
     if len(arms) > 1:

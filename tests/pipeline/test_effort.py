@@ -49,10 +49,11 @@ def test_the_plan_fits_the_limit_at_the_measured_speed(monkeypatch, limit):
     prepared, study = fake(limit)
     effort = plan_effort(prepared, study, groups(), 10.0)
     # One group of two variants at two rates: four short runs and a full one; ten trials at 0.6; nine at the end.
-    e, r = effort.epochs, effort.rung
-    samples = (4 * r + e + 10 * e * 0.6) * 500 + 9 * e * 900
+    e, r, runs = effort.epochs, effort.rung, 2 * (effort.tries or 2)
+    samples = (runs * r + e + 10 * e * 0.6) * 500 + 9 * e * 900
     assert effort.planned_seconds == pytest.approx(samples * 0.002)
     assert effort.planned_seconds <= 0.8 * (limit - 10) or effort.epochs == 2
+    assert effort.tries == (1 if limit == 60.0 else None)
     if limit == 1e9:
         assert effort.epochs == 15
     assert finish_seconds(prepared, study, effort) == pytest.approx(9 * e * 900 * 0.002)
