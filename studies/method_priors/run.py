@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--budget", default="0.1%")
     args = parser.parse_args()
-    study = dataclasses.replace(Study(), budget=args.budget)
+    # Adapters that cannot be merged are measured too.
+    study = dataclasses.replace(Study(), budget=args.budget, mergeable=False)
     prepared = prepare(study)
     runner = Runner(prepared, Ledger(args.output.parent / "ledger"), say)
     rows = {}
