@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,31 +15,99 @@ from autopeft.core.site import Site
 from autopeft.errors import UsageError
 from autopeft.methods.base import Adapter
 
-__all__ = ["HostForward", "merge_into", "parameter_names"]
+__all__ = ["EntryForward", "HostForward", "Switch", "merge_into", "parameter_names"]
+
+
+@dataclass(slots=True)
+class Switch:
+    """Whether the adapters of a model act; all its hosts look at one."""
+
+    on: bool = True
+
+
+class EntryForward:
+    """Replaces the forward of a norm in front of a residual branch: remembers what enters it.
+
+    Args:
+        base: the norm's own forward, bound.
+        switch: whether the adapters act; nothing is remembered while they do not.
+    """
+
+    def __init__(self, base: Callable[..., Any], switch: Switch) -> None:
+        self.base = base
+        self.switch = switch
+        self.seen: Tensor | None = None
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.switch.on:
+            self.seen = x
+        return self.base(x, *args, **kwargs)
+
+    def take(self, site: Site) -> Tensor:
+        """The last input, once: kept longer it would keep its graph alive."""
+        seen, self.seen = self.seen, None
+        if seen is None:
+            raise UsageError(
+                f"{site.entry} was not called before {site.name}; an adapter that reads the residual stream in front "
+                f"of it cannot run there"
+            )
+        return seen
 
 
 class HostForward:
-    """Replaces `host.forward`: base forward on changed tensors, plus branches, then output maps.
+    """Replaces `host.forward`: base forward on changed tensors and input, plus branches, then output maps.
 
     Adapters of all forms compose in this order whatever order they were given in: first the host's tensors are
-    swapped, then branches are added, then outputs are mapped; merging keeps the same order.
+    swapped, then its input is mapped, then branches of the original input are added, then outputs are mapped; merging
+    keeps the same order. Adapters that wrap go around all of it, the first one outermost.
 
     Args:
         host: the module.
         base: its own forward, bound.
         adapters: the adapters on it.
+        switch: whether they act.
+        entries: dotted path of a norm to what remembers its input, for adapters that read it.
     """
 
-    def __init__(self, host: nn.Module, base: Callable[..., Any], adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self,
+        host: nn.Module,
+        base: Callable[..., Any],
+        adapters: Sequence[Adapter],
+        switch: Switch | None = None,
+        entries: Mapping[str, EntryForward] | None = None,
+    ) -> None:
         self.host = host
         self.base = base
+        self.switch = switch or Switch()
+        self.entries = entries or {}
         self.swaps = [a for a in adapters if a.form == "swap"]
+        self.inputs = [a for a in adapters if a.form == "input"]
         self.branches = [a for a in adapters if a.form == "branch"]
         self.outputs = [a for a in adapters if a.form == "output"]
+        self.wraps = [a for a in adapters if a.form == "wrap"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.switch.on:
+            return self.base(*args, **kwargs)
+        run: Callable[..., Any] = partial(self._run, **kwargs) if kwargs else self._run
+        for adapter in reversed(self.wraps):
+            run = partial(adapter.around, run)
+        return run(*args)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        given = args
+        if self.inputs:
+            if not args:
+                raise UsageError(
+                    f"{self.inputs[0].site.name} is called with keywords alone; its input cannot be mapped"
+                )
+            x = args[0]
+            for adapter in self.inputs:
+                x = adapter.receive(x)
+            given = (x, *args[1:])
         with self._swapped():
-            y = self.base(*args, **kwargs)
+            y = self.base(*given, **kwargs)
         if not self.branches and not self.outputs:
             return y
         if not isinstance(y, Tensor):
@@ -50,7 +119,8 @@ class HostForward:
         if self.branches:
             x = args[0] if args else next(iter(kwargs.values()))
             for adapter in self.branches:
-                y = _on_rows(adapter.site, y, partial(_add_branch, adapter, x))
+                seen = self.entries[adapter.site.entry].take(adapter.site) if adapter.reads_entry else x
+                y = _on_rows(adapter.site, y, partial(_add_branch, adapter, seen))
         for adapter in self.outputs:
             y = _on_rows(adapter.site, y, adapter.transform)
         return y
@@ -77,7 +147,7 @@ class HostForward:
 def parameter_names(adapter: Adapter) -> dict[str, str]:
     """Which of the host's parameters each slot that `merge` works on means."""
     site = adapter.site
-    if site.kind == "block":
+    if site.kind in ("block", "residual"):
         return {}
     if site.kind == "tokens":
         return {"tokens": site.parameter}

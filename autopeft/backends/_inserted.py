@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autopeft.backends._forward import merge_into, parameter_names
+from autopeft.backends._forward import Switch, merge_into, parameter_names
 from autopeft.core.allocation import Allocation
+from autopeft.core.contracts import Task
 from autopeft.errors import ExportError, UsageError
-from autopeft.methods.base import Adapter
+from autopeft.methods.base import Adapter, Form, Part, Shared
 
 __all__ = ["CHILD", "NativeInserted"]
 
@@ -29,36 +31,37 @@ class NativeInserted:
     Args:
         model: the borrowed model, adapters and trainable head in place.
         allocation: the plan.
-        adapters: option key to adapter.
-        hosts: option key to the dotted path of the adapter's host.
+        parts: option key to what it trains.
         heads: dotted path to trainable head module.
         base_modules: the modules of the plain model, without the original head.
         base_parameters: the parameters of the plain model.
         train_batch_norm: whether the base's BatchNorm statistics follow the data.
         base_dropout: whether the base's dropout and stochastic depth are on in training mode.
+        switch: turns the adapters off.
     """
 
     def __init__(
         self,
         model: nn.Module,
         allocation: Allocation,
-        adapters: Mapping[str, Adapter],
-        hosts: Mapping[str, str],
+        parts: Mapping[str, Part],
         heads: Mapping[str, nn.Module],
         base_modules: Mapping[str, nn.Module],
         base_parameters: list[nn.Parameter],
         train_batch_norm: bool,
         base_dropout: bool,
+        switch: Switch,
     ) -> None:
         self._model = model
         self._allocation = allocation
-        self._adapters = dict(adapters)
-        self._hosts = dict(hosts)
+        self._parts = dict(parts)
         self._heads = dict(heads)
         self._base = dict(base_modules)
         self._frozen = {id(p) for p in base_parameters}
         self._train_batch_norm = train_batch_norm
         self._base_dropout = base_dropout
+        self._switch = switch
+        self._start = {path: copy.deepcopy(head).requires_grad_(False).eval() for path, head in heads.items()}
         self.open = True
 
     @property
@@ -73,20 +76,20 @@ class NativeInserted:
 
     def named_adapters(self) -> dict[str, nn.Module]:
         """Option key (`site/method`) to adapter, in the plan's order."""
-        return dict(self._adapters)
+        return dict(self._parts)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters per method key, in the plan's order, and the head's under `head`."""
         groups: dict[str, list[nn.Parameter]] = {}
         for option in self._allocation:
-            groups.setdefault(option.method, []).extend(self._adapters[option.key].parameters())
+            groups.setdefault(option.method, []).extend(self._parts[option.key].parameters())
         groups["head"] = [p for head in self._heads.values() for p in head.parameters()]
         return groups
 
     def trainable_count(self) -> int:
         """Scalars that require a gradient and are neither the base's nor the head's, found by walking the model."""
         head = {id(p) for p in self.groups()["head"]}
-        roots = [self._model] if self.open else list(self._adapters.values())
+        roots = [self._model] if self.open else list(self._parts.values())
         found = {id(p): p.numel() for root in roots for p in root.parameters() if p.requires_grad}
         return sum(n for key, n in found.items() if key not in head and key not in self._frozen)
 
@@ -115,10 +118,15 @@ class NativeInserted:
 
     def _tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for key, adapter in self._adapters.items():
-            trained = dict(adapter.named_parameters())
-            for name, tensor in adapter.state_dict(keep_vars=True).items():
+        for key, part in self._parts.items():
+            trained = dict(part.named_parameters())
+            for name, tensor in part.state_dict(keep_vars=True).items():
                 found[f"{'adapter' if name in trained else 'buffer'}/{key}/{name}"] = tensor
+        return found | self._others()
+
+    def _others(self) -> dict[str, Tensor]:
+        """What is saved besides the adapters' tensors."""
+        found: dict[str, Tensor] = {}
         if self._train_batch_norm:
             for path, module in self._base.items():
                 if isinstance(module, _BatchNorm):
@@ -129,6 +137,66 @@ class NativeInserted:
                 found[f"head/{path}.{name}"] = tensor
         return found
 
+    def stored(self) -> dict[str, Tensor]:
+        """What the exported file holds; see `Inserted.stored`.
+
+        Tensors that a method packs are listed as `packed/SITE/METHOD/NAME`, everything else as in `state`.
+        """
+        found: dict[str, Tensor] = {}
+        for key, part in self._parts.items():
+            trained, own = dict(part.named_parameters()), part.state_dict()
+            for name, tensor in part.stored().items():
+                kind = "packed" if name not in own else "adapter" if name in trained else "buffer"
+                found[f"{kind}/{key}/{name}"] = tensor
+        found |= self._others()
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+
+    def load_stored(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `stored` gave, all of it or nothing.
+
+        Raises:
+            UsageError: naming the tensors that are missing, unknown or of another shape.
+        """
+        mine = self.stored()
+        _check_tensors(mine, state)
+        for key, part in self._parts.items():
+            own: dict[str, Tensor] = {}
+            for kind in ("adapter", "buffer", "packed"):
+                prefix = f"{kind}/{key}/"
+                own |= {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+            part.load_stored(own)
+        with torch.no_grad():
+            for name, tensor in self._others().items():
+                tensor.copy_(state[name])
+
+    def prepare(self, task: Task, seed: int) -> None:
+        """Nothing: native methods start from the option and the host alone."""
+
+    def advance(self, step: int, total: int) -> list[nn.Parameter]:
+        """Tell every part; see `Inserted.advance`."""
+        return [p for part in self._parts.values() if part.advance(step, total) for p in part.parameters()]
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the parts' own terms."""
+        found = [term for part in self._parts.values() if (term := part.penalty()) is not None]
+        return torch.stack([term.float() for term in found]).sum() if found else None
+
+    @contextmanager
+    def plain(self) -> Iterator[nn.Module]:
+        """See `Inserted.plain`."""
+        self._need_open("there is no plain model to run")
+        self._switch.on, before = False, self._switch.on
+        held = {path: self._model.get_submodule(path.rpartition(".")[0]) for path in self._heads}
+        try:
+            for path, keeper in held.items():
+                keeper._modules[path.rpartition(".")[2]] = self._start[path]
+            with torch.no_grad():
+                yield self._model
+        finally:
+            for path, keeper in held.items():
+                keeper._modules[path.rpartition(".")[2]] = self._heads[path]
+            self._switch.on = before
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state` gave, all of it or nothing.
 
@@ -137,20 +205,8 @@ class NativeInserted:
                 entries of a sparse one) that differ from the plan's.
         """
         mine = self._tensors()
-        missing, unknown = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
-        if missing or unknown:
-            parts = [f"missing: {', '.join(missing[:5])}"] if missing else []
-            parts += [f"unknown: {', '.join(unknown[:5])}"] if unknown else []
-            raise UsageError(
-                f"the saved state belongs to another plan or another head ({len(missing)} tensors missing, "
-                f"{len(unknown)} unknown; {'; '.join(parts)})"
-            )
+        _check_tensors(mine, state)
         for name, tensor in mine.items():
-            if tensor.shape != state[name].shape:
-                raise UsageError(
-                    f"{name} has shape {tuple(state[name].shape)} in the saved state, "
-                    f"{tuple(tensor.shape)} in the model"
-                )
             if self._is_fixed(name) and not torch.equal(tensor.cpu(), state[name].to("cpu", tensor.dtype)):
                 raise UsageError(f"{name} of the saved state differs from the plan's; load it with its own plan")
         with torch.no_grad():
@@ -158,9 +214,10 @@ class NativeInserted:
                 if not self._is_fixed(name):
                     tensor.copy_(state[name])
 
-    @staticmethod
-    def _is_fixed(name: str) -> bool:
-        return name.startswith("buffer/") and "/batch_norm/" not in name
+    def _is_fixed(self, name: str) -> bool:
+        if not name.startswith("buffer/") or "/batch_norm/" in name:
+            return False
+        return not any(name == f"buffer/{key}/{moving}" for key, part in self._parts.items() for moving in part.moving)
 
     def merged_state(self) -> dict[str, Tensor]:
         """The plain model's state dict on the CPU, adapters merged in float64, the trained head in place.
@@ -170,7 +227,7 @@ class NativeInserted:
                 another, which the plain model could not hold apart.
         """
         self._need_open("nothing can be merged")
-        obstacles = [f"{key}: {a.obstacle}" for key, a in self._adapters.items() if a.obstacle]
+        obstacles = [f"{key}: {part.obstacle}" for key, part in self._parts.items() if part.obstacle]
         if obstacles:
             raise ExportError(f"cannot merge {len(obstacles)} of the plan's options. {'; '.join(obstacles)}")
         full = self._model.state_dict(keep_vars=True)
@@ -179,11 +236,9 @@ class NativeInserted:
         for name, tensor in plain.items():
             sharing.setdefault(id(tensor), []).append(name)
         merged: dict[str, Tensor] = {}
-        order = ("swap", "branch", "output")
-        for key, adapter in sorted(self._adapters.items(), key=lambda item: order.index(item[1].form)):
-            exact = copy.deepcopy(adapter).double().cpu()
-            prefix = f"{self._hosts[key]}." if self._hosts[key] else ""
-            names = {prefix + name: name for name in parameter_names(adapter).values()}
+        for key, exact in self._exact():
+            prefix = f"{exact.site.module}." if exact.site.module else ""
+            names = {prefix + name: name for name in parameter_names(exact).values()}
             for full_name in names:
                 if full_name not in plain:
                     raise ExportError(f"cannot merge {key}: the model's state dict has no {full_name}")
@@ -205,8 +260,36 @@ class NativeInserted:
             for name, tensor in plain.items()
         }
 
+    def _exact(self) -> list[tuple[str, Adapter]]:
+        """Copies in float64 of all adapters, in the order in which a host's forward applies them."""
+        order: tuple[Form, ...] = ("swap", "input", "branch", "output", "wrap")
+        found: list[tuple[str, Adapter]] = []
+        for key, part in self._parts.items():
+            exact = copy.deepcopy(part).double().cpu()
+            if isinstance(exact, Shared):
+                found += [(key, adapter) for adapter in exact.adapters()]
+            elif isinstance(exact, Adapter):
+                found.append((key, exact))
+        return sorted(found, key=lambda item: order.index(item[1].form))
+
     def _need_open(self, consequence: str) -> None:
         if not self.open:
             raise UsageError(
                 f"the model has been given back, {consequence}; do it inside of `with backend.insert(...)`"
+            )
+
+
+def _check_tensors(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
+    if missing or unknown:
+        parts = [f"missing: {', '.join(missing[:5])}"] if missing else []
+        parts += [f"unknown: {', '.join(unknown[:5])}"] if unknown else []
+        raise UsageError(
+            f"the saved state belongs to another plan or another head ({len(missing)} tensors missing, "
+            f"{len(unknown)} unknown; {'; '.join(parts)})"
+        )
+    for name, tensor in mine.items():
+        if tensor.shape != state[name].shape:
+            raise UsageError(
+                f"{name} has shape {tuple(state[name].shape)} in the saved state, {tuple(tensor.shape)} in the model"
             )

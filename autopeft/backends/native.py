@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from autopeft.backends._forward import HostForward
+from autopeft.backends._forward import EntryForward, HostForward, Switch
 from autopeft.backends._inserted import CHILD, NativeInserted
 from autopeft.backends._snapshot import Snapshot
 from autopeft.core.allocation import Allocation
-from autopeft.core.contracts import Method
+from autopeft.core.contracts import GroupMethod, Method
 from autopeft.core.menu import Option
-from autopeft.core.site import Catalog, Site
+from autopeft.core.places import places_of
+from autopeft.core.site import Catalog, Site, Slot
 from autopeft.errors import BudgetMismatch, UsageError
-from autopeft.methods.base import Adapter
+from autopeft.methods.base import Adapter, Part, Shared
 
 __all__ = ["Native"]
 
@@ -85,25 +86,22 @@ class Native:
             in_head = [path for path in base if any(path == h or path.startswith(h + ".") for h in heads)]
             for path in in_head:
                 del base[path]
-            adapters = {
+            parts = {
                 option.key: _build(site, option, methods[option.method], model.get_submodule(site.module), seed)
                 for option, site in plan
             }
-            by_host: dict[str, list[tuple[str, Adapter]]] = {}
-            for option, site in plan:
-                by_host.setdefault(site.module, []).append((option.key, adapters[option.key]))
-            for path, members in by_host.items():
-                _attach(model, path, members, undo)
+            switch = Switch()
+            _attach(model, parts, switch, undo)
             inserted = NativeInserted(
                 model,
                 allocation,
-                adapters,
-                {option.key: site.module for option, site in plan},
+                parts,
                 heads,
                 base,
                 snapshot.parameters,
                 self.train_batch_norm,
                 self.base_dropout,
+                switch,
             )
             if inserted.trainable_count() != allocation.trainable:
                 raise BudgetMismatch(
@@ -131,57 +129,102 @@ def _check_plan(
             )
         if option.method == "head" or "/" in option.method:
             raise UsageError(f"a method cannot be called {option.method!r}; `head` and names with a slash are taken")
-        site = catalog[option.site]
-        if site.module not in modules:
-            raise UsageError(
-                f"{site.name} lies in module {site.module!r}, which {type(model).__name__} does not have; "
-                f"the catalogue belongs to another model"
-            )
-        for path in catalog.head:
-            if site.module == path or site.module.startswith(path + "."):
-                raise UsageError(f"{site.name} lies in the head {path!r}, which is trained in full already")
-        slots = methods[option.method].slots(site)
-        if not slots or not set(slots) <= set(site.slots):
+        site, method = catalog[option.site], methods[option.method]
+        slots = method.slots(site)
+        if site.kind == "group" and isinstance(method, GroupMethod):
+            touched = method.parts(site) if slots else ()
+        else:
+            touched = ((site, slots),) if slots and site.kind != "group" else ()
+        if not touched:
             raise UsageError(
                 f"{option.method} cannot be used on {site.name} ({site.kind}); "
                 f"slots that work there: {', '.join(site.slots) or 'none, its forward is never called'}"
             )
-        if tuple(sorted(catalog.places(site, slots))) != option.places:
+        for member, taken in touched:
+            _check_site(model, modules, catalog, option, member, taken)
+        places = places_of(catalog, method, site)
+        if places != option.places:
             raise UsageError(
                 f"option {option.key} claims {', '.join(map(str, option.places))}, but {option.method} occupies "
-                f"{', '.join(str(p) for p in sorted(catalog.places(site, slots)))}"
+                f"{', '.join(str(p) for p in places)}"
             )
         plan.append((option, site))
     return plan
 
 
-def _build(site: Site, option: Option, method: Method, host: nn.Module, seed: int) -> Adapter:
-    """The adapter of one option, drawn from the option's own random stream."""
+def _check_site(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    catalog: Catalog,
+    option: Option,
+    site: Site,
+    slots: tuple[Slot, ...],
+) -> None:
+    if site.module not in modules:
+        raise UsageError(
+            f"{site.name} lies in module {site.module!r}, which {type(model).__name__} does not have; "
+            f"the catalogue belongs to another model"
+        )
+    for path in catalog.head:
+        if site.module == path or site.module.startswith(path + "."):
+            raise UsageError(f"{site.name} lies in the head {path!r}, which is trained in full already")
+    if not slots or not set(slots) <= set(site.slots):
+        raise UsageError(
+            f"{option.method} cannot be used on {site.name} ({site.kind}); "
+            f"slots that work there: {', '.join(site.slots) or 'none, its forward is never called'}"
+        )
+
+
+def _build(site: Site, option: Option, method: Method, host: nn.Module, seed: int) -> Part:
+    """What one option trains, drawn from the option's own random stream."""
     digest = hashlib.sha256(f"{seed}:{option.key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    adapter = method.build(site, option, host, generator)
-    if not isinstance(adapter, Adapter):
+    part = method.build(site, option, host, generator)
+    if not isinstance(part, Shared if site.kind == "group" else Adapter):
         raise UsageError(
-            f"{option.method} built a {type(adapter).__name__} for {site.name}; "
-            f"a method must build an autopeft.methods.base.Adapter"
+            f"{option.method} built a {type(part).__name__} for {site.name}; a method must build an "
+            f"autopeft.methods.base.{'Shared for a group' if site.kind == 'group' else 'Adapter'}"
         )
-    adapter.requires_grad_(True)
-    built = sum(p.numel() for p in adapter.parameters())
+    part.requires_grad_(True)
+    built = sum(p.numel() for p in part.parameters())
     if built != option.cost.trainable:
         raise BudgetMismatch(
             f"{option.key} of size {option.size} has {built:,} parameters, its cost says {option.cost.trainable:,}"
         )
-    return adapter
+    return part
 
 
-def _attach(model: nn.Module, path: str, members: Sequence[tuple[str, Adapter]], undo: ExitStack) -> None:
-    """Make adapters children of their host (or of the nearest module that is no container) and override its forward."""
-    host = model.get_submodule(path)
-    keeper = host
+def _attach(model: nn.Module, parts: Mapping[str, Part], switch: Switch, undo: ExitStack) -> None:
+    """Make what is trained part of the model, and override the forwards of the hosts."""
+    by_host: dict[str, list[Adapter]] = {}
+    for key, part in parts.items():
+        if isinstance(part, Shared):
+            _shelve(model, "", key, part, undo)
+            for adapter in part.adapters():
+                by_host.setdefault(adapter.site.module, []).append(adapter)
+        elif isinstance(part, Adapter):
+            _shelve(model, part.site.module, key, part, undo)
+            by_host.setdefault(part.site.module, []).append(part)
+    entries: dict[str, EntryForward] = {}
+    for path in dict.fromkeys(a.site.entry for members in by_host.values() for a in members if a.reads_entry):
+        if not path:
+            raise UsageError("an adapter reads the residual stream in front of a branch whose norm is not known")
+        norm = model.get_submodule(path)
+        entries[path] = EntryForward(norm.forward, switch)
+        # Its own adapters, if it has any, are put around this one below.
+        _override(norm, entries[path], undo)
+    for path, members in by_host.items():
+        host = model.get_submodule(path)
+        _override(host, HostForward(host, host.forward, members, switch, entries), undo)
+
+
+def _shelve(model: nn.Module, path: str, key: str, part: Part, undo: ExitStack) -> None:
+    """Make it a child of its host, or of the nearest module that is no container."""
+    keeper = model.get_submodule(path)
     while isinstance(keeper, _CONTAINERS):
         if not path:
             raise UsageError(
-                f"{members[0][0]} needs a module that can hold it, and every module around it is a plain container; "
+                f"{key} needs a module that can hold it, and every module around it is a plain container; "
                 f"wrap the model in a module with a forward of its own"
             )
         path = path.rpartition(".")[0]
@@ -192,11 +235,11 @@ def _attach(model: nn.Module, path: str, members: Sequence[tuple[str, Adapter]],
         keeper.add_module(CHILD, shelf)
         undo.callback(keeper._modules.pop, CHILD)
     assert isinstance(shelf, nn.ModuleDict)
-    for key, adapter in members:
-        shelf[key.replace(".", ":")] = adapter
+    shelf[key.replace(".", ":")] = part
 
+
+def _override(host: nn.Module, forward: EntryForward | HostForward, undo: ExitStack) -> None:
     attributes = vars(host)
-    forward = HostForward(host, host.forward, [adapter for _, adapter in members])
     if "forward" in attributes:
         undo.callback(attributes.__setitem__, "forward", attributes["forward"])
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from autopeft.core.allocation import Allocation
 from autopeft.core.budget import Budget, Cost
@@ -28,14 +28,18 @@ __all__ = [
     "Allocator",
     "Backend",
     "Exporter",
+    "GroupMethod",
     "Inserted",
     "Method",
+    "Regulariser",
     "Reward",
     "Scorer",
     "Searcher",
+    "StepState",
     "Suggestion",
     "Task",
     "TaskSpec",
+    "Term",
 ]
 
 
@@ -171,6 +175,18 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupMethod(Method, Protocol):
+    """A method that changes several sites with shared parameters; its sites are groups, `build` is given the model.
+
+    Laws: those of `Method`; shared parameters are counted once.
+    """
+
+    def parts(self, site: Site) -> tuple[tuple[Site, tuple[Slot, ...]], ...]:
+        """The members of a group that it changes, each with the slots it occupies there; empty when it cannot."""
+        ...
+
+
 class Allocator(Protocol):
     """A way to spend a budget on a menu.
 
@@ -228,6 +244,41 @@ class Inserted(Protocol):
         """Load what `state` gave; missing, unknown or misshapen tensors raise."""
         ...
 
+    def stored(self) -> dict[str, Tensor]:
+        """What the exported file holds, named as in `state`: methods with codes of their own pack their tensors."""
+        ...
+
+    def load_stored(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `stored` gave; missing, unknown or misshapen tensors raise."""
+        ...
+
+    def prepare(self, task: Task, seed: int) -> None:
+        """Set parameters that start from the data, before the first step; the inner split alone may be looked at."""
+        ...
+
+    def advance(self, step: int, total: int) -> list[nn.Parameter]:
+        """Tell the adapters that a training step begins.
+
+        Args:
+            step: steps taken so far.
+            total: steps of the whole schedule.
+
+        Returns:
+            The parameters whose optimizer state must be dropped, because they have become something else.
+        """
+        ...
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the terms that the adapters themselves add to the loss; None when there is none."""
+        ...
+
+    def plain(self) -> AbstractContextManager[nn.Module]:
+        """The model as it was before training, for teachers: adapters inactive, the head as it started, no gradients.
+
+        Laws: inside, the outputs are those of the plain model with the starting head; after it, nothing has changed.
+        """
+        ...
+
     def merged_state(self) -> dict[str, Tensor]:
         """Full state dict of the plain model with every adapter merged and the trained head in place.
 
@@ -263,6 +314,88 @@ class Backend(Protocol):
             seed: seed of the adapters' initialisation; each option draws from its own stream, so that the same option
                 starts alike in every plan.
             head: state dict entries (`head.weight`, ...) the trainable head starts from; its own values when None.
+        """
+        ...
+
+
+class StepState(Protocol):
+    """What a regulariser is shown of one training step."""
+
+    @property
+    def inserted(self) -> Inserted:
+        """The model with adapters."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        ...
+
+    @property
+    def batch(self) -> Any:
+        """The batch of this step."""
+        ...
+
+    @property
+    def loss(self) -> Tensor:
+        """The task's loss of the batch, with its graph."""
+        ...
+
+    @property
+    def logits(self) -> Tensor:
+        """What the model returned for the batch, with its graph."""
+        ...
+
+    @property
+    def features(self) -> Tensor:
+        """The input of the head in the same pass, with its graph."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole schedule."""
+        ...
+
+
+class Term(Protocol):
+    """A regulariser at work in one training."""
+
+    def add(self, state: StepState) -> Tensor | None:
+        """What is added to the loss of this step, weight included; None adds nothing."""
+        ...
+
+    def adjust(self, state: StepState) -> None:
+        """Change the gradients in place, after the backward pass and before clipping."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that must survive a checkpoint."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        ...
+
+
+class Regulariser(Protocol):
+    """Something that shapes training besides the loss: a term added to it, or a change of its gradients.
+
+    Laws: with a weight of 0 training is bit for bit the same; the added term has a finite gradient and leaves model,
+    mode and flags as found; the same seed gives the same terms; a term restored from its state goes on alike.
+    """
+
+    def begin(self, inserted: Inserted, task: Task, seed: int) -> Term:
+        """Start it for one training.
+
+        Args:
+            inserted: the model with adapters, on its device, before the first step.
+            task: the task.
+            seed: seed of whatever it draws.
         """
         ...
 

@@ -24,11 +24,17 @@ class Indices:
     Attributes:
         values: strictly increasing flat positions in the site's tensor (its rows, for a slice): a numpy int64 array
             of shape (n,).
+        extra: what else was chosen with them, such as an order of the rows: name to int64 array of one dimension.
     """
 
     values: Any
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, array in self.extra.items():
+            if array.ndim != 1 or array.dtype.kind != "i" or array.dtype.itemsize != 8:
+                raise ValueError(f"{name} of indices must be a 1-D int64 array, got {array.dtype} of {array.shape}")
+            array.setflags(write=False)
         v = self.values
         if v.ndim != 1 or v.dtype.kind != "i" or v.dtype.itemsize != 8:
             raise ValueError(f"indices must be a 1-D int64 array, got {v.dtype} of shape {tuple(v.shape)}")
@@ -41,8 +47,11 @@ class Indices:
 
     @property
     def sha256(self) -> str:
-        """Digest of the positions as little-endian int64."""
-        return hashlib.sha256(self.values.astype("<i8").tobytes()).hexdigest()
+        """Digest of the positions, and of what was chosen with them, as little-endian int64."""
+        digest = hashlib.sha256(self.values.astype("<i8").tobytes())
+        for name in sorted(self.extra):
+            digest.update(name.encode() + self.extra[name].astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Indices) and self.sha256 == other.sha256

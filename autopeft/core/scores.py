@@ -41,10 +41,17 @@ class TensorEvidence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What is known about one site: one `TensorEvidence` per slot (`weight`, `bias`, `tokens`, `output`)."""
+    """What is known about one site: one `TensorEvidence` per slot (`weight`, `bias`, `tokens`, `output`).
+
+    Attributes:
+        site: the site.
+        slots: slot to what is known; a residual branch shares what is known of its block's output.
+        members: on a group, name of a member to what is known about it.
+    """
 
     site: Site
     slots: Mapping[str, TensorEvidence]
+    members: Mapping[str, Evidence] = field(default_factory=dict)
 
     def __getitem__(self, slot: str) -> TensorEvidence:
         if slot not in self.slots:

@@ -13,9 +13,10 @@ from autopeft.errors import UsageError
 
 __all__ = ["Catalog", "Fused", "Kind", "Place", "Site", "Slot"]
 
-Kind = Literal["linear", "conv2d", "layer_norm", "batch_norm", "layer_scale", "tokens", "block"]
+Kind = Literal["linear", "conv2d", "layer_norm", "batch_norm", "layer_scale", "tokens", "block", "residual", "group"]
 """What the host module is. `tokens` is a parameter held by a module directly (class token, position embedding);
-`block` is a residual block seen from outside."""
+`block` is a residual block seen from outside, `residual` one of its branches (attention, MLP); `group` is a set of
+sites that one option changes together."""
 
 Slot = Literal["weight", "bias", "output", "tokens"]
 """What of the site an option changes."""
@@ -58,6 +59,8 @@ class Site:
         parameter: name of the tensor inside the host that slot `weight` (or `tokens`) means.
         groups: groups of a convolution.
         channel_axis: axis of the host's output that the rows of the weight index.
+        entry: on a residual branch, dotted path of the norm in front of it: its input is the residual stream as it is.
+        members: the sites of a group, in model order.
     """
 
     name: str
@@ -74,6 +77,8 @@ class Site:
     parameter: str = "weight"
     groups: int = 1
     channel_axis: int = -1
+    entry: str = ""
+    members: tuple[Site, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -89,6 +94,8 @@ class Site:
             raise ValueError(f"slots of {self.name} must be distinct and among {_SLOT_ORDER}, got {self.slots}")
         if self.rows is not None and self.rows[1] - self.rows[0] != self.shape[0]:
             raise ValueError(f"rows {self.rows} of {self.name} do not match its shape {self.shape}")
+        if (self.kind == "group") != bool(self.members):
+            raise ValueError(f"a group has members and nothing else has, {self.name} ({self.kind}) has {self.members}")
         if self.groups < 1:
             raise ValueError(f"groups must be at least 1, {self.name} has {self.groups}")
 
@@ -162,7 +169,7 @@ class Catalog:
         return len(self.sites)
 
     def __getitem__(self, name: str) -> Site:
-        for site in self.sites:
+        for site in (*self.sites, *self.groups()):
             if site.name == name:
                 return site
         raise UsageError(f"the model has no site called {name!r}; `autopeft inspect MODEL` lists the sites")
@@ -172,10 +179,11 @@ class Catalog:
 
     @property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits; equal exactly when the structure is equal."""
+        """12 hexadecimal digits; equal exactly when the structure is equal. Residual branches follow from the rest."""
         rows = [
             [s.name, s.module, s.kind, s.shape, s.has_bias, s.depth, s.role, s.slots, s.rows, s.parameter, s.groups]
             for s in self.sites
+            if s.kind != "residual"
         ]
         text = json.dumps([rows, self.head, self.n_base, self.n_head, self.n_depth], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -196,3 +204,37 @@ class Catalog:
         if fused == "whole":
             return tuple(s for s in self.sites if not s.parent)
         return tuple(s for s in self.sites if not s.parts)
+
+    def groups(self) -> tuple[Site, ...]:
+        """Sets of sites that one option may change together; derived, so they are no part of `sites`.
+
+        `*` holds every Linear and convolution (fused ones whole), `*:ROLE` those of one role where there are several,
+        `block:K` every site of block K, `blocks` the residual blocks, `stream` the first and the last of them.
+        """
+        whole = [s for s in self.sites if not s.parent and s.slots]
+        matrices = [s for s in whole if s.is_matrix]
+        blocks = [s for s in whole if s.kind == "block"]
+        found: dict[str, list[Site]] = {"*": matrices}
+        for site in matrices:
+            found.setdefault(f"*:{site.role}", []).append(site)
+        inside = [b.name + "." for b in blocks]
+        for site in whole:
+            if site.kind != "block" and site.name.startswith(tuple(inside)):
+                found.setdefault(f"block:{site.depth}", []).append(site)
+        found["blocks"] = blocks
+        found["stream"] = [blocks[0], blocks[-1]] if len(blocks) > 1 else []
+        return tuple(
+            Site(
+                name=name,
+                module="",
+                kind="group",
+                shape=(len(members),),
+                has_bias=False,
+                depth=max(m.depth for m in members) if name.startswith("block:") else self.n_depth // 2,
+                role="group",
+                slots=(),
+                members=tuple(members),
+            )
+            for name, members in found.items()
+            if len(members) > 1
+        )

@@ -2,31 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from autopeft.core.site import Site, Slot
+from autopeft.errors import UsageError
 
-__all__ = ["Adapter", "Form"]
+__all__ = ["Adapter", "Form", "Part", "Shared"]
 
-Form = Literal["branch", "swap", "output"]
-"""How a backend runs an adapter: `branch` adds to the host's output, `swap` runs the host with changed tensors,
-`output` maps the host's output."""
+Form = Literal["swap", "input", "branch", "output", "wrap"]
+"""How a backend runs an adapter: `swap` runs the host with changed tensors, `input` maps the host's input, `branch`
+adds to the host's output, `output` maps the host's output, `wrap` runs the host itself."""
 
 
-class Adapter(nn.Module):
+class Part(nn.Module):
+    """What one option trains: an `Adapter` on one site, or a `Shared` on several."""
+
+    moving: ClassVar[frozenset[str]] = frozenset()
+    """Names of persistent buffers that training changes, as they appear in the state dict."""
+
+    obstacle: str
+
+    def stored(self) -> dict[str, Tensor]:
+        """What must be saved in the end; what the option's cost counts as stored. The state dict, unless packed."""
+        return dict(self.state_dict())
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `stored` gave, with equal outputs.
+
+        Raises:
+            UsageError: for a missing, unknown or misshapen tensor.
+        """
+        mine = self.state_dict()
+        if set(mine) != set(tensors) or any(mine[name].shape != tensors[name].shape for name in mine):
+            raise UsageError(
+                f"{type(self).__name__} holds {', '.join(f'{n} {tuple(t.shape)}' for n, t in mine.items())}; the file "
+                f"has {', '.join(f'{n} {tuple(t.shape)}' for n, t in tensors.items())}"
+            )
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(tensors[name])
+
+    def advance(self, step: int, total: int) -> bool:
+        """Told before every training step; must give the same when told again after a restart.
+
+        Args:
+            step: steps taken so far.
+            total: steps of the whole schedule.
+
+        Returns:
+            Whether the optimizer's state of its parameters must be dropped.
+        """
+        return False
+
+    def penalty(self) -> Tensor | None:
+        """A scalar with gradient that the method adds to the loss, its weight included; None for nothing."""
+        return None
+
+
+class Adapter(Part):
     """Trainable tensors for one site, and what they do there.
 
-    An adapter never holds its host: the backend calls it with what it needs. It acts in one of three forms, chosen when
+    An adapter never holds its host: the backend calls it with what it needs. It acts in one of five forms, chosen when
     it is built because some hosts (weight-standardised convolutions, norms that contain an activation) are not linear
     in their weight:
 
-    - `branch`: the host's output gains `branch(x)`. No dense change of the weight is made. Linear and Conv2d.
     - `swap`: the host runs with its tensors replaced by `merge(tensors)`. Norms, layer scales, tokens, and every Linear
       or Conv2d whose forward is not the plain one.
+    - `input`: the host is given `receive(x)` in place of its first argument.
+    - `branch`: the host's output gains `branch(x)`. No dense change of the weight is made. Linear, Conv2d, and residual
+      branches.
     - `output`: the host's output `y` becomes `transform(y)`.
+    - `wrap`: `around` runs the host, with all of the above in it.
 
     On a row slice of a fused projection everything refers to the slice's rows alone: `branch` returns those rows,
     `transform` maps them, `merge` is given them.
@@ -39,7 +89,11 @@ class Adapter(nn.Module):
         slots: the slots of the site it occupies.
         form: how the backend runs it.
         obstacle: why it cannot be merged into the host's tensors; empty when it can.
+        reads_entry: on a residual branch, whether `branch` is given the input of the norm in front of the host (the
+            residual stream as it is) in place of the host's own.
     """
+
+    reads_entry: ClassVar[bool] = False
 
     def __init__(self, site: Site, slots: tuple[Slot, ...], form: Form, obstacle: str = "") -> None:
         super().__init__()
@@ -63,6 +117,22 @@ class Adapter(nn.Module):
             A tensor that broadcasts to the site's rows of the host's output.
         """
         raise NotImplementedError(f"{type(self).__name__} of {self.site.name} has no branch, its form is {self.form!r}")
+
+    def receive(self, x: Tensor) -> Tensor:
+        """What the host is given in place of its input; form `input` only. Of the shape and dtype of `x`."""
+        raise NotImplementedError(f"{type(self).__name__} of {self.site.name} maps no input, its form is {self.form!r}")
+
+    def around(self, run: Callable[..., Any], *args: Any) -> Any:
+        """Run the host; form `wrap` only.
+
+        Args:
+            run: the host's forward with the adapters of the other forms in it; keyword arguments are bound already.
+            args: the host's positional arguments.
+
+        Returns:
+            What leaves the host.
+        """
+        raise NotImplementedError(f"{type(self).__name__} of {self.site.name} wraps nothing, its form is {self.form!r}")
 
     def transform(self, y: Tensor) -> Tensor:
         """The host's output rows as they leave the site; form `output` only.
@@ -111,3 +181,42 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         """Site, slots and form, for `print(model)`."""
         return f"{self.site.name}, {'+'.join(self.slots)}, {self.form}"
+
+
+class Shared(Part):
+    """Trainable tensors that several sites share, and one adapter per site.
+
+    Parameters and buffers that are shared belong to this module. The members read them through a plain reference
+    (`self._shared = (shared,)`, a tuple, so that torch does not register it) or hold tensors of their own.
+
+    Attributes:
+        site: the group.
+        members: name of a member's site (`.` as `:`) to its adapter.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.members = nn.ModuleDict()
+
+    def add(self, adapter: Adapter) -> None:
+        """Take a member in."""
+        self.members[adapter.site.name.replace(".", ":")] = adapter
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The members, in the order they were added."""
+        return tuple(m for m in self.members.values() if isinstance(m, Adapter))
+
+    @property
+    def obstacle(self) -> str:  # type: ignore[override]  # read from the members, never set
+        """Why it cannot be merged: the first member's reason."""
+        return next((a.obstacle for a in self.adapters() if a.obstacle), "")
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether every member can be merged."""
+        return not self.obstacle
+
+    def extra_repr(self) -> str:
+        """Group and number of sites, for `print(model)`."""
+        return f"{self.site.name}, {len(self.members)} sites"

@@ -93,6 +93,12 @@ def write_plan(plan: Plan, path: Path) -> None:
         for option in plan.allocation.options
         if option.indices is not None
     }
+    tensors |= {
+        f"extra/{name}/{option.key}": torch.from_numpy(array.copy())
+        for option in plan.allocation.options
+        if option.indices is not None
+        for name, array in option.indices.extra.items()
+    }
     tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in plan.head.items()}
     data = plan_to_json(plan)
     if tensors:
@@ -167,9 +173,15 @@ def _option_from_json(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     places = tuple(Place(site, slot) for site, slot in row["places"])
     indices = None
     if "indices_sha256" in row:
-        indices = Indices(tensors[f"indices/{row['site']}/{row['method']}"].numpy().copy())
+        key = f"{row['site']}/{row['method']}"
+        extra = {
+            name.split("/", 2)[1]: tensor.numpy().copy()
+            for name, tensor in tensors.items()
+            if name.startswith("extra/") and name.split("/", 2)[2] == key
+        }
+        indices = Indices(tensors[f"indices/{key}"].numpy().copy(), extra)
         if indices.sha256 != row["indices_sha256"]:
-            raise ValueError(f"the entries of {row['site']}/{row['method']} do not match their digest")
+            raise ValueError(f"the entries of {key} do not match their digest")
     return Option(row["site"], row["method"], row["size"], cost, float(row["gain"]), places, indices)
 
 
