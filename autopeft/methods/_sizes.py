@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from autopeft.core.site import Site
 from autopeft.errors import UsageError
 
-__all__ = ["check_size", "powers_of_two"]
+__all__ = ["check_size", "half_octaves", "powers_of_two"]
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
     """1, 2, 4, ... up to `largest`; empty when `largest` is below 1."""
     return tuple(1 << i for i in range(max(largest, 0).bit_length()))
+
+
+def half_octaves(largest: int) -> tuple[int, ...]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... below `largest`, and `largest` itself; empty when `largest` is below 1."""
+    if largest < 1:
+        return ()
+    between = (3 << i for i in range(largest.bit_length()))
+    return tuple(sorted({n for n in (*powers_of_two(largest), *between) if n < largest} | {largest}))
 
 
 def check_size(method: str, site: Site, size: int, sizes: Sequence[int]) -> int:
