@@ -5,10 +5,13 @@ BUILTIN = {
     "bias": "autopeft.methods.bias:Bias",
     "block_adapter": "autopeft.methods.block_adapter:BlockAdapter",
     "core": "autopeft.methods.core:Core",
+    "loldu": "autopeft.methods.loldu:LoLDU",
     "lora": "autopeft.methods.lora:LoRA",
     "norm": "autopeft.methods.norm:Norm",
     "sparse": "autopeft.methods.sparse:Sparse",
     "ssf": "autopeft.methods.ssf:SSF",
+    "svdiff": "autopeft.methods.svdiff:SVDiff",
+    "svfit": "autopeft.methods.svfit:SVFit",
     "tokens": "autopeft.methods.tokens:Tokens",
     "vector": "autopeft.methods.vector:Vector",
 }
