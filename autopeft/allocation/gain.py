@@ -12,12 +12,13 @@ import numpy as np
 
 from autopeft.allocation._roles import ROLE_GROUPS, role_group
 from autopeft.core.menu import Menu, Option
+from autopeft.core.places import places_of
 from autopeft.errors import UsageError
 
 if TYPE_CHECKING:
     from autopeft.core.budget import Budget
     from autopeft.core.contracts import Method
-    from autopeft.core.scores import Scores
+    from autopeft.core.scores import Evidence, Scores
     from autopeft.core.site import Catalog, Fused, Site
 
 __all__ = ["CALIBRATION", "Energies", "GainPolicy", "build_menu", "energies"]
@@ -193,14 +194,14 @@ def _measure(
     budget: Budget,
     mergeable: bool,
 ) -> Energies:
-    sites = {site.name: site for site in catalog.candidates(fused)}
+    sites = {site.name: site for site in catalog.offered(fused)}
+    known = {name: evidence for name, site in sites.items() if (evidence := scores.about(site)) is not None}
     options = [
         option
-        for site in sites.values()
-        if site.name in scores.evidence
+        for name, evidence in known.items()
         for key, method in methods.items()
-        if not mergeable or method.mergeable(site)
-        for option in _options(catalog, site, key, method, scores, budget)
+        if not mergeable or method.mergeable(sites[name])
+        for option in _options(catalog, sites[name], key, method, evidence, scores.origin.scorer, budget)
     ]
     options.sort(key=lambda o: o.order)
     best: dict[str, float] = {}
@@ -220,25 +221,26 @@ def _measure(
     )
 
 
-def _options(catalog: Catalog, site: Site, key: str, method: Method, scores: Scores, budget: Budget) -> list[Option]:
-    slots = method.slots(site)
-    if not slots:
+def _options(
+    catalog: Catalog, site: Site, key: str, method: Method, evidence: Evidence, scorer: str, budget: Budget
+) -> list[Option]:
+    places = places_of(catalog, method, site)
+    if not places:
         return []
     priced = [(size, method.cost(site, size)) for size in method.sizes(site)]
     priced = [(size, cost) for size, cost in priced if cost.of(budget.unit) <= budget.limit]
     if not priced:
         return []
     try:
-        gains = method.gains(site, scores.evidence[site.name], [size for size, _ in priced])
+        gains = method.gains(site, evidence, [size for size, _ in priced])
     except UsageError:
         # The scorer kept nothing for a slot that this method changes: it cannot be compared, so it is not offered.
         return []
-    places = tuple(sorted(catalog.places(site, slots)))
     for (size, _), gain in zip(priced, gains, strict=True):
         if not math.isfinite(gain):
             raise UsageError(
                 f"method {key!r} of size {size} predicts a gain of {gain} at {site.name}; "
-                f"the scores of {scores.origin.scorer} there are not usable"
+                f"the scores of {scorer} there are not usable"
             )
     return [
         Option(site.name, key, size, cost, float(gain), places)

@@ -13,11 +13,17 @@ if TYPE_CHECKING:
     from autopeft.core.contracts import Method
     from autopeft.core.menu import Option
     from autopeft.core.scores import Scores
+    from autopeft.core.site import Site
 
 __all__ = ["attach_indices"]
 
 
-def attach_indices(allocation: Allocation, methods: Mapping[str, Method], scores: Scores) -> Allocation:
+def attach_indices(
+    allocation: Allocation,
+    methods: Mapping[str, Method],
+    scores: Scores,
+    sites: Mapping[str, Site] | None = None,
+) -> Allocation:
     """The same plan with `Option.indices` filled in for methods that train chosen entries.
 
     Options that have their indices already, such as SPT's, keep them.
@@ -26,30 +32,34 @@ def attach_indices(allocation: Allocation, methods: Mapping[str, Method], scores
         allocation: the plan.
         methods: method key to method.
         scores: the evidence that entries are chosen by.
+        sites: the groups among the plan's sites, by name.
 
     Raises:
         UsageError: for an option of an unknown method, or a sparse option at a site without evidence.
     """
     return Allocation(
-        tuple(_with_indices(option, methods, scores) for option in allocation.options),
+        tuple(_with_indices(option, methods, scores, sites or {}) for option in allocation.options),
         allocation.budget,
         allocation.provenance,
     )
 
 
-def _with_indices(option: Option, methods: Mapping[str, Method], scores: Scores) -> Option:
+def _with_indices(option: Option, methods: Mapping[str, Method], scores: Scores, sites: Mapping[str, Site]) -> Option:
     if option.method not in methods:
         raise UsageError(
             f"the plan uses method {option.method!r} at {option.site}, which the study does not have; "
             f"it has {', '.join(methods) or 'none'}"
         )
     method = methods[option.method]
-    if option.indices is not None or method.family != "entries":
+    if option.indices is not None:
         return option
-    if option.site not in scores.evidence:
-        raise UsageError(
-            f"the scorer kept nothing for {option.site}, so the {option.size:,} entries of {option.key} cannot be "
-            "chosen; score this model first"
-        )
-    evidence = scores.evidence[option.site]
-    return dataclasses.replace(option, indices=method.select(evidence.site, evidence, option.size))
+    site = sites.get(option.site)
+    evidence = scores.about(site) if site is not None else scores.evidence.get(option.site)
+    if evidence is not None:
+        return dataclasses.replace(option, indices=method.select(evidence.site, evidence, option.size))
+    if method.family != "entries":
+        return option
+    raise UsageError(
+        f"the scorer kept nothing for {option.site}, so the {option.size:,} entries of {option.key} cannot be "
+        "chosen; score this model first"
+    )

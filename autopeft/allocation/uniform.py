@@ -86,6 +86,8 @@ class Uniform:
         for option in menu.options:
             if option.method == self.method:
                 offered.setdefault(option.site, []).append(option)
+        if any(menu.sites[name].kind == "group" for name in offered if name in menu.sites):
+            return _widest(offered)
         known = [menu.sites[name] for name in offered]
         sites = {
             name: site
@@ -104,6 +106,18 @@ class Uniform:
         if self.target == "qv":
             return site.role in ("attn.q", "attn.v")
         return role_group(site) in _GROUPS[self.target]
+
+
+def _widest(offered: dict[str, list[Option]]) -> dict[str, list[Option]]:
+    """Of the ways to cover the model by groups (`*`, one per role, one per block) the one that reaches most places."""
+    ways: dict[str, dict[str, list[Option]]] = {}
+    for name, options in offered.items():
+        ways.setdefault(name.partition(":")[0] + ":" * (":" in name), {})[name] = options
+
+    def reach(way: dict[str, list[Option]]) -> int:
+        return len({place for options in way.values() for option in options for place in option.places})
+
+    return max((ways[name] for name in sorted(ways)), key=reach)
 
 
 def _on_matrix(site: Site, options: list[Option]) -> bool:

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from autopeft import allocation, backends, export, methods, rewards, scoring, tasks
-from autopeft.core.contracts import Allocator, Backend, Exporter, Method, Reward, Scorer, TaskSpec
+from autopeft import allocation, backends, export, methods, regularisers, rewards, scoring, tasks
+from autopeft.core.contracts import Allocator, Backend, Exporter, Method, Regulariser, Reward, Scorer, TaskSpec
 from autopeft.core.registry import Registry
 
-__all__ = ["ALLOCATORS", "BACKENDS", "EXPORTERS", "METHODS", "REWARDS", "ROOMS", "SCORERS", "TASKS"]
+__all__ = ["ALLOCATORS", "BACKENDS", "EXPORTERS", "METHODS", "REGULARISERS", "REWARDS", "ROOMS", "SCORERS", "TASKS"]
 
 METHODS: Registry[Method] = Registry("method", "autopeft.methods", methods.BUILTIN)
 SCORERS: Registry[Scorer] = Registry("scorer", "autopeft.scoring", scoring.BUILTIN)
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "autopeft.allocation", allocation.BUILTIN)
 BACKENDS: Registry[Backend] = Registry("backend", "autopeft.backends", backends.BUILTIN)
 TASKS: Registry[TaskSpec] = Registry("task", "autopeft.tasks", tasks.BUILTIN)
+REGULARISERS: Registry[Regulariser] = Registry("regulariser", "autopeft.regularisers", regularisers.BUILTIN)
 REWARDS: Registry[Reward] = Registry("reward", "autopeft.rewards", rewards.BUILTIN)
 EXPORTERS: Registry[Exporter] = Registry("export format", "autopeft.export", export.BUILTIN)
 
@@ -27,6 +28,7 @@ ROOMS: Mapping[str, Registry[Any]] = MappingProxyType(
         "allocation": ALLOCATORS,
         "backends": BACKENDS,
         "tasks": TASKS,
+        "regularisers": REGULARISERS,
         "rewards": REWARDS,
         "export": EXPORTERS,
     }

@@ -17,7 +17,7 @@ from autopeft.config._guess import known_names
 from autopeft.config.plugin import Plugin, PluginTable
 from autopeft.config.registries import METHODS, ROOMS
 from autopeft.core.budget import Budget
-from autopeft.core.contracts import Allocator, Backend, Method, Reward, Scorer, TaskSpec
+from autopeft.core.contracts import Allocator, Backend, Method, Regulariser, Reward, Scorer, TaskSpec
 from autopeft.core.site import Fused
 from autopeft.errors import UnknownKey, UsageError
 from autopeft.models.spec import ModelSpec
@@ -157,6 +157,7 @@ class Study:
         gain: corrections to the predicted gains; most knobs lie here.
         backend: how adapters are inserted.
         train: the inner loop.
+        regularisers: name to what shapes training besides the task's loss; none by default.
         reward: what is maximised.
         search: the outer loop.
         head_warmup: whether a ridge probe sets the head first, one head for all arms; off is SPT as released.
@@ -185,6 +186,7 @@ class Study:
     gain: GainPolicy = field(default_factory=GainPolicy)
     backend: Annotated[Backend, Plugin("backends")] = field(default_factory=lambda: _builtin("backends", "native"))
     train: TrainSettings = field(default_factory=TrainSettings)
+    regularisers: Annotated[Mapping[str, Regulariser], PluginTable("regularisers")] = field(default_factory=dict)
     reward: Annotated[Reward, Plugin("rewards")] = field(default_factory=lambda: _builtin("rewards", "metric"))
     search: SearchSettings = field(default_factory=SearchSettings)
     head_warmup: bool = True

@@ -117,3 +117,10 @@ class Scores:
             mine, theirs = getattr(self.origin, name), getattr(origin, name)
             if mine and theirs and mine != theirs:
                 raise UsageError(f"these scores belong to another {name}: they were made from {mine}, this is {theirs}")
+
+    def about(self, site: Site) -> Evidence | None:
+        """What is known about a site; of a group, about its members. None when nothing was kept."""
+        if site.kind != "group":
+            return self.evidence.get(site.name)
+        members = {m.name: self.evidence[m.name] for m in site.members if m.name in self.evidence}
+        return Evidence(site, {}, members) if members else None

@@ -52,7 +52,8 @@ class Site:
         depth: index of the residual block the site lies in, from 0; the stem counts as the first block, everything
             after the last block as the last.
         role: what the site does, such as `attn.qkv`, `attn.q`, `attn.proj`, `mlp.fc1`, `norm`, `conv`, `stem`.
-        slots: the slots that work here. Empty when the host's forward is never called.
+        slots: the slots that work here. Empty when the host's forward is never called. `tokens` of a block means
+            tokens put beside its own while it runs.
         rows: `(start, stop)` rows of the host's weight, for a slice of a fused projection.
         parts: names of the slices of a fused projection, on the whole.
         parent: name of the whole, on a slice.
@@ -179,9 +180,12 @@ class Catalog:
 
     @property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits; equal exactly when the structure is equal. Residual branches follow from the rest."""
+        """12 hexadecimal digits; equal exactly when the structure is equal.
+
+        Residual branches, and whether a block takes further tokens, follow from the rest.
+        """
         rows = [
-            [s.name, s.module, s.kind, s.shape, s.has_bias, s.depth, s.role, s.slots, s.rows, s.parameter, s.groups]
+            [s.name, s.module, s.kind, s.shape, s.has_bias, s.depth, s.role, _own(s), s.rows, s.parameter, s.groups]
             for s in self.sites
             if s.kind != "residual"
         ]
@@ -204,6 +208,10 @@ class Catalog:
         if fused == "whole":
             return tuple(s for s in self.sites if not s.parent)
         return tuple(s for s in self.sites if not s.parts)
+
+    def offered(self, fused: Fused = "whole") -> tuple[Site, ...]:
+        """What menus are made of: `candidates`, then the groups."""
+        return (*self.candidates(fused), *self.groups())
 
     def groups(self) -> tuple[Site, ...]:
         """Sets of sites that one option may change together; derived, so they are no part of `sites`.
@@ -238,3 +246,7 @@ class Catalog:
             for name, members in found.items()
             if len(members) > 1
         )
+
+
+def _own(site: Site) -> tuple[Slot, ...]:
+    return tuple(slot for slot in site.slots if site.kind != "block" or slot != "tokens")

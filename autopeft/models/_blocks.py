@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from autopeft.models._roles import Host, host_of
 from autopeft.models._trace import Trace
 
-__all__ = ["block_axis", "block_paths"]
+__all__ = ["Branch", "block_axis", "block_paths", "residual_branches"]
 
 _NUMBERED = re.compile(r"^(b|block|denselayer|layer|unit)_?\d+$")
 
@@ -42,6 +43,45 @@ def block_paths(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[str, ...
         if matrices >= 2:
             found.append(name)
     return tuple(name for name in found if not any(other.startswith(name + ".") for other in found))
+
+
+_BRANCHES = (
+    (re.compile(r"^(attn|attention|self_attn|token_mixer|mixer|mlp_tokens)$"), "attn"),
+    (re.compile(r"^(mlp|ffn|feed_forward|mlp_channels)$"), "mlp"),
+)
+
+
+class Branch(NamedTuple):
+    """A residual branch of a block.
+
+    Attributes:
+        path: dotted path of its module.
+        role: `attn` or `mlp`.
+        entry: dotted path of the norm in front of it in a pre-norm transformer block, else empty.
+    """
+
+    path: str
+    role: str
+    entry: str
+
+
+def residual_branches(model: nn.Module, path: str) -> tuple[Branch, ...]:
+    """The branches of a transformer block whose output is added to the residual stream: attention and MLP.
+
+    A child counts by its name, and only when the block has one of each: the MLP of a ConvNeXt block is the whole block
+    seen from inside. The norm in front of a branch is the child before it.
+    """
+    block = model.get_submodule(path)
+    children = list(block.named_children())
+    found: list[Branch] = []
+    for i, (name, module) in enumerate(children):
+        role = next((role for pattern, role in _BRANCHES if pattern.match(name)), "")
+        if not role or host_of(module) is not None or not any(isinstance(m, nn.Linear) for m in module.modules()):
+            continue
+        before = host_of(children[i - 1][1]) if i else None
+        entry = f"{path}.{children[i - 1][0]}" if before is not None and before.kind == "layer_norm" else ""
+        found.append(Branch(f"{path}.{name}", role, entry))
+    return tuple(found) if {b.role for b in found} == {"attn", "mlp"} else ()
 
 
 def block_axis(model: nn.Module, path: str, trace: Trace) -> tuple[int, int] | None:

@@ -109,6 +109,8 @@ def _assemble(model: nn.Module, catalog: Catalog, operations: Sequence[Operation
     )
     blocks = [site.name for site in catalog if site.kind == "block"]
     for site in catalog:
+        if site.kind == "residual":
+            continue
         block = next((b for b in blocks if site.kind != "block" and _within(site.module, b)), "")
         graph.add_node(
             site.name, kind=site.kind, role=site.role, depth=site.depth, block=block, parent=site.parent, used=False
@@ -144,7 +146,7 @@ def _hosts(catalog: Catalog) -> dict[str, str]:
         site.module: site.name
         for site in catalog
         if not site.parent
-        and site.kind != "block"
+        and site.kind not in ("block", "residual")
         and (site.name == site.module or _is_embedding(site.name, site.module))
     }
     return modules | {head: head for head in catalog.head}
@@ -158,7 +160,7 @@ def _parameters(model: nn.Module, catalog: Catalog) -> dict[str, str]:
     """Parameter name to site, for the parameters that sites are made of; tied names lead to the one site."""
     by_tensor: dict[int, str] = {}
     for site in catalog:
-        if site.kind != "block" and not site.parent:
+        if site.kind not in ("block", "residual") and not site.parent:
             by_tensor[id(getattr(model.get_submodule(site.module), site.parameter))] = site.name
     return {
         name: by_tensor[id(parameter)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autopeft.core.site import Catalog, Site, Slot
 from autopeft.errors import UsageError
-from autopeft.models._blocks import block_axis, block_paths
+from autopeft.models._blocks import block_axis, block_paths, residual_branches
 from autopeft.models._head import head_paths
 from autopeft.models._roles import Host, fused_rows, held, host_of, is_activated, role_of
 from autopeft.models._trace import Trace, trace
@@ -93,6 +93,7 @@ class _Scanner:
         if layout is None or not self.seen.calls(name):
             return
         channels, axis = layout
+        takes_tokens = len(self.seen.outputs.get(name, ())) == 3
         self.sites.append(
             Site(
                 name=name,
@@ -102,10 +103,28 @@ class _Scanner:
                 has_bias=False,
                 depth=self._depth(name),
                 role="block",
-                slots=("output",),
+                slots=("output", "tokens") if takes_tokens else ("output",),
                 channel_axis=axis,
             )
         )
+        for branch in residual_branches(self.model, name):
+            found = block_axis(self.model, branch.path, self.seen)
+            if found is None or found[0] != channels or not self.seen.calls(branch.path):
+                continue
+            self.sites.append(
+                Site(
+                    name=branch.path,
+                    module=branch.path,
+                    kind="residual",
+                    shape=(channels,),
+                    has_bias=False,
+                    depth=self._depth(name),
+                    role=branch.role,
+                    slots=("output",),
+                    channel_axis=found[1],
+                    entry=branch.entry,
+                )
+            )
 
     def _held(self, name: str, module: nn.Module) -> None:
         """Parameters that a module holds directly."""

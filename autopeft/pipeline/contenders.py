@@ -19,6 +19,7 @@ from autopeft.allocation.spt import SPT
 from autopeft.allocation.uniform import Target, Uniform
 from autopeft.core.allocation import Allocation
 from autopeft.core.menu import Menu, Option
+from autopeft.core.places import places_of
 from autopeft.core.record import Role
 from autopeft.core.scores import Evidence, Scores
 from autopeft.core.site import Fused
@@ -108,15 +109,14 @@ def _try(name: str, make: Callable[[], Allocation]) -> Iterable[Candidate]:
 
 def _priced_menu(prepared: Prepared, study: Study, keys: Iterable[str], fused: Fused) -> Menu:
     """Options with prices and no predicted gains, for allocators that do not look at gains."""
-    sites = {site.name: site for site in prepared.catalog.candidates(fused)}
+    sites = {site.name: site for site in prepared.catalog.offered(fused)}
     options = []
     for key in keys:
         method = study.methods[key]
         for site in sites.values():
-            slots = method.slots(site)
-            if not slots or (study.mergeable and not method.mergeable(site)):
+            places = places_of(prepared.catalog, method, site)
+            if not places or (study.mergeable and not method.mergeable(site)):
                 continue
-            places = tuple(sorted(prepared.catalog.places(site, slots)))
             for size in method.sizes(site):
                 cost = method.cost(site, size)
                 if cost.of(prepared.budget.unit) > prepared.budget.limit:
@@ -176,7 +176,7 @@ def _random_mixes(prepared: Prepared, study: Study) -> Iterable[Candidate]:
 
     def mix(draw: int) -> Allocation:
         allocation = RandomMix().allocate(menu, prepared.budget, study.seed + draw)
-        return attach_indices(allocation, study.methods, prepared.scores)
+        return attach_indices(allocation, study.methods, prepared.scores, menu.sites)
 
     for draw in range(_RANDOM_DRAWS):
         yield from _try(f"random mix {draw + 1}", partial(mix, draw))

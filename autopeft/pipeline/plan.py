@@ -52,13 +52,13 @@ def make_plan(prepared: Prepared, study: Study | None = None) -> Allocation:
         # It prices modules and vectors itself, and must not buy a method that this study does not have.
         allocator = dataclasses.replace(allocator, methods=study.methods)
     allocation = allocator.allocate(menu, prepared.budget, study.seed)
-    return attach_indices(allocation, study.methods, prepared.scores)
+    return attach_indices(allocation, study.methods, prepared.scores, menu.sites)
 
 
 def _too_small(prepared: Prepared, study: Study) -> InfeasibleBudget:
     budget = prepared.budget
     cheapest: tuple[int, str, str, int] | None = None
-    for site in prepared.catalog.candidates(study.fused):
+    for site in prepared.catalog.offered(study.fused):
         for key, method in study.methods.items():
             offered = method.slots(site) and (method.mergeable(site) or not study.mergeable)
             if offered and (sizes := method.sizes(site)):

@@ -48,6 +48,7 @@ class Runner:
                 "methods": {key: repr(method) for key, method in study.methods.items() if key in used},
                 "backend": repr(study.backend),
                 "train": repr(study.train),
+                **({"regularisers": repr(dict(study.regularisers))} if study.regularisers else {}),
                 "task": repr(study.task),
                 "reward": repr(study.reward),
                 "weights": prepared.loaded.weights_hash,

@@ -112,6 +112,7 @@ def run_trial(
                 on_epoch=on_epoch,
                 checkpoint=checkpoint,
                 max_epochs=max_epochs,
+                regularisers=study.regularisers,
             )
             evaluation = None
             metrics: dict[str, float] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autopeft.core.scores import Evidence, ScoreOrigin, Scores, TensorEvidence
 from autopeft.core.site import Catalog, Place, Site, Slot
 from autopeft.errors import Diverged, UsageError
+from autopeft.scoring._branches import of_branches
 
 __all__ = ["Hosts", "Known", "assemble"]
 
@@ -44,7 +45,7 @@ class Hosts:
         self._keys: dict[tuple[str, Slot], str] = {}
         first: dict[int, str] = {}
         for site in catalog:
-            if not site.slots:
+            if not site.slots or site.kind == "residual":
                 continue
             if site.kind == "block":
                 self.blocks.append(site)
@@ -98,7 +99,7 @@ def assemble(catalog: Catalog, hosts: Hosts, known: Mapping[str, Known], origin:
             if slot in evidence[site.name].slots:
                 parts = [totals[Place(part, slot)] for part in site.parts]
                 totals[Place(site.name, slot)] = sum(parts)
-    return Scores(origin, totals, evidence)
+    return Scores(origin, totals, evidence | of_branches(catalog, evidence))
 
 
 def _tensors_of(site: Site) -> Iterator[tuple[Slot, str]]:

@@ -16,6 +16,7 @@ from autopeft.core.codec import decode, encode
 from autopeft.core.scores import Evidence, ScoreOrigin, Scores, TensorEvidence
 from autopeft.core.site import Catalog, Place, Site
 from autopeft.errors import CorruptFile, StoreError
+from autopeft.scoring._branches import of_branches
 from autopeft.store.atomic import read_json, write_bytes, write_json
 
 __all__ = ["load_scores", "save_scores"]
@@ -66,6 +67,8 @@ def save_scores(scores: Scores, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     kept: dict[str, dict[str, tuple[str, ...]]] = {}
     for name, evidence in scores.evidence.items():
+        if evidence.site.kind == "residual":
+            continue
         whole = scores.evidence.get(evidence.site.parent)
         for slot, fields in evidence.slots.items():
             marks = []
@@ -106,7 +109,7 @@ def load_scores(folder: Path, catalog: Catalog) -> Scores:
             evidence[name] = Evidence(site, found)
         totals = {Place(row.site, row.slot): row.score for row in numbers.totals}  # type: ignore[arg-type]  # checked below
         _check_places(totals, catalog)
-        return Scores(numbers.origin, totals, evidence)
+        return Scores(numbers.origin, totals, evidence | of_branches(catalog, evidence))
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{folder / _NUMBERS} does not fit {folder / _TENSORS}: {error}; delete both") from error
 

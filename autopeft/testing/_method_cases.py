@@ -14,9 +14,10 @@ from autopeft.core.allocation import Allocation
 from autopeft.core.budget import Budget
 from autopeft.core.contracts import Method
 from autopeft.core.menu import Option
+from autopeft.core.places import places_of
 from autopeft.core.scores import Evidence, TensorEvidence
 from autopeft.core.site import Catalog, Site
-from autopeft.methods.base import Adapter
+from autopeft.methods.base import Part
 from autopeft.models.scan import scan
 from autopeft.testing.tiny import tiny_convnet, tiny_vit
 
@@ -46,6 +47,12 @@ class Ground:
     catalog: Catalog
     evidence: Mapping[str, Evidence]
 
+    def about(self, site: Site) -> Evidence:
+        """What is known about a site; of a group, about its members."""
+        if site.kind != "group":
+            return self.evidence[site.name]
+        return Evidence(site, {}, {m.name: self.evidence[m.name] for m in site.members})
+
     def model(self, twin: int = 0) -> nn.Module:
         """A model with these weights, one object per `twin`; shared, since every insertion gives it back as it was."""
         return _model(self.name, self.dtype, twin)
@@ -70,11 +77,15 @@ class Case:
     def __str__(self) -> str:
         return f"{self.ground.name} {self.site.name} size {self.option.size} {self.ground.dtype}"
 
-    def build(self, method: Method, seed: int = 0) -> Adapter:
-        """The adapter alone."""
+    def evidence(self) -> Evidence:
+        """What is known about the site; of a group, about its members."""
+        return self.ground.about(self.site)
+
+    def build(self, method: Method, seed: int = 0) -> Part:
+        """What the option trains, alone."""
         host = self.ground.model().get_submodule(self.site.module)
         adapter = method.build(self.site, self.option, host, torch.Generator().manual_seed(seed))
-        assert isinstance(adapter, Adapter), f"{self}: build gave a {type(adapter).__name__}"
+        assert isinstance(adapter, Part), f"{self}: build gave a {type(adapter).__name__}"
         return adapter
 
 
@@ -110,14 +121,14 @@ def ground_of(name: str, dtype: torch.dtype) -> Ground:
         return hook
 
     for site in catalog:
-        if site.kind == "block":
+        if site.kind in ("block", "residual"):
             model.get_submodule(site.module).register_forward_hook(keep(site))
     torch.autograd.backward(loss_of(model(images(dtype))))
     return Ground(name, dtype, catalog, {site.name: _evidence(model, site, outputs) for site in catalog})
 
 
 def _evidence(model: nn.Module, site: Site, outputs: Mapping[str, Tensor]) -> Evidence:
-    if site.kind == "block":
+    if site.kind in ("block", "residual"):
         y = outputs[site.name]
         assert y.grad is not None
         flat, grad = (t.detach().movedim(site.channel_axis, -1).flatten(0, -2) for t in (y, y.grad))
@@ -153,16 +164,18 @@ def cases_of(
 def _representatives(method: Method, catalog: Catalog) -> list[Site]:
     """The first site of every kind, told apart by what changes the arithmetic."""
     seen: dict[tuple[object, ...], Site] = {}
-    for site in catalog:
+    for site in (*catalog, *catalog.groups()):
         if method.slots(site):
             kernel = site.shape[2:] if site.kind == "conv2d" else ()
-            seen.setdefault((site.kind, site.groups > 1, kernel, site.has_bias, bool(site.parts), site.rows), site)
+            what = {"group": site.name.partition(":")[0], "residual": site.role}.get(site.kind, "")
+            fused = (bool(site.parts), site.rows)
+            seen.setdefault((site.kind, what, site.groups > 1, kernel, site.has_bias, *fused), site)
     return list(seen.values())
 
 
 def _case(method: Method, ground: Ground, site: Site, size: int) -> Case:
-    places = tuple(sorted(ground.catalog.places(site, method.slots(site))))
-    indices = method.select(site, ground.evidence[site.name], size)
+    places = places_of(ground.catalog, method, site)
+    indices = method.select(site, ground.about(site), size)
     option = Option(site.name, KEY, size, method.cost(site, size), 0.0, places, indices)
     case = Case(ground, site, option, Allocation((option,), Budget(10**9)))
     built = sum(p.numel() for p in case.build(method).parameters())

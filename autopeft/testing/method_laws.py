@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from autopeft.backends.native import Native
-from autopeft.core.contracts import Inserted, Method
-from autopeft.core.site import Site
+from autopeft.core.contracts import GroupMethod, Inserted, Method
+from autopeft.core.site import Site, Slot
 from autopeft.errors import ExportError
-from autopeft.methods.base import Adapter
+from autopeft.methods.base import Adapter, Shared
 from autopeft.testing._broken_methods import BROKEN
 from autopeft.testing._method_cases import KEY, Case, cases_of, ground_of, images, loss_of
 
@@ -72,7 +72,7 @@ class MethodLaws:
             cost = method.cost(case.site, case.option.size)
             adapter = case.build(method)
             trained = sum(p.numel() for p in adapter.parameters())
-            saved = list(adapter.state_dict().values())
+            saved = list(adapter.stored().values())
             found = (
                 trained,
                 sum(t.numel() for t in saved),
@@ -86,10 +86,12 @@ class MethodLaws:
         """Sizes are positive and strictly increasing, prices follow; where there are no slots there is no size."""
         method = self.make()
         for name in self.models:
-            for site in ground_of(name, torch.float32).catalog:
+            catalog = ground_of(name, torch.float32).catalog
+            for site in (*catalog, *catalog.groups()):
                 sizes, slots = method.sizes(site), method.slots(site)
                 assert bool(sizes) == bool(slots), f"{site.name}: slots {slots} but sizes {sizes}"
-                assert set(slots) <= set(site.slots), f"{site.name}: claims {slots}, there work {site.slots}"
+                for member, taken in _parts(method, site):
+                    assert set(taken) <= set(member.slots), f"{member.name}: claims {taken}, works {member.slots}"
                 assert all(a < b for a, b in zip((0, *sizes), sizes, strict=False)), f"{site.name}: sizes {sizes}"
                 prices = [method.cost(site, size).trainable for size in sizes]
                 assert sorted(set(prices)) == prices, f"{site.name}: prices {prices} of sizes {sizes}"
@@ -118,7 +120,7 @@ class MethodLaws:
                 _disturb(inserted)
                 adapted = inserted.model(x)
                 adapter = inserted.named_adapters()[case.option.key]
-                assert isinstance(adapter, Adapter)
+                assert isinstance(adapter, Adapter | Shared)
                 try:
                     state = inserted.merged_state()
                 except ExportError:
@@ -137,7 +139,7 @@ class MethodLaws:
         for case in self.cases((torch.float32,)):
             with self._inserted(case, case.ground.model()) as inserted:
                 adapter = inserted.named_adapters()[case.option.key]
-                assert isinstance(adapter, Adapter)
+                assert isinstance(adapter, Adapter | Shared)
                 said = method.mergeable(case.site)
                 assert said == adapter.mergeable, f"{case}: said mergeable={said}, built {adapter.mergeable}"
 
@@ -147,11 +149,17 @@ class MethodLaws:
             x = images(case.ground.dtype)
             with self._inserted(case, case.ground.model(), seed=1) as inserted:
                 _disturb(inserted)
-                state, saved = inserted.state(), inserted.model(x)
+                state, stored, saved = inserted.state(), inserted.stored(), inserted.model(x)
             with self._inserted(case, case.ground.model(twin=1), seed=2) as inserted:
                 inserted.load_state(state)
                 gap = _gap(inserted.model(x), saved)
             assert gap <= _exact(case.ground.dtype), f"{case}: the reloaded output differs by {gap:.2e}"
+            if stored.keys() == state.keys():
+                continue
+            with self._inserted(case, case.ground.model(twin=1), seed=3) as inserted:
+                inserted.load_stored(stored)
+                gap = _gap(inserted.model(x), saved)
+            assert gap <= _close(case.ground.dtype), f"{case}: the output of the packed file differs by {gap:.2e}"
 
     def test_only_claimed_places_change(self) -> None:
         """Training leaves the base alone, and merging touches the claimed tensors' rows alone."""
@@ -169,23 +177,27 @@ class MethodLaws:
                 rows = _host_output(inserted.model, case.site, images(torch.float32))
                 gap = _outside(case.site, rows, base_rows)
                 assert gap <= 1e-6, f"{case}: output rows outside of the site change by {gap:.2e}"
-                adapter = inserted.named_adapters()[case.option.key]
-                assert isinstance(adapter, Adapter)
-                claimed = self.make().slots(case.site)
-                assert adapter.slots == claimed, f"{case}: acts on {adapter.slots}, claims {claimed}"
-                if not adapter.mergeable:
+                part = inserted.named_adapters()[case.option.key]
+                assert isinstance(part, Adapter | Shared)
+                claimed = _parts(self.make(), case.site)
+                acting = (part,) if isinstance(part, Adapter) else part.adapters()
+                acts = {a.site.name: a.slots for a in acting}
+                claims = {site.name: slots for site, slots in claimed}
+                assert acts == claims, f"{case}: acts on {acts}, claims {claims}"
+                if not part.mergeable:
                     continue
                 merged = inserted.merged_state()
             for name, tensor in merged.items():
                 if not name.startswith(tuple(head)):
                     changed = tensor != before[name]
-                    assert not _unclaimed(case.site, claimed, name, changed), f"{case}: merging changes {name}"
+                    free = all(_unclaimed(site, slots, name, changed) for site, slots in claimed)
+                    assert not free, f"{case}: merging changes {name}"
 
     def test_build_is_deterministic(self) -> None:
         """The given generator is the only randomness, its state decides everything, and host and choice stay."""
         method = self.make()
         for case in self.cases((torch.float32,)):
-            evidence = case.ground.evidence[case.site.name]
+            evidence = case.evidence()
             again = method.select(case.site, evidence, case.option.size)
             assert again == case.option.indices, f"{case}: selects other entries the second time"
             model = case.ground.model()
@@ -209,7 +221,7 @@ class MethodLaws:
         """Gains are finite, not negative, as many as the sizes, never lower for a larger one, and repeatable."""
         method = self.make()
         for case in self.cases((torch.float32,)):
-            sizes, evidence = method.sizes(case.site), case.ground.evidence[case.site.name]
+            sizes, evidence = method.sizes(case.site), case.evidence()
             gains = method.gains(case.site, evidence, sizes)
             assert len(gains) == len(sizes), f"{case}: {len(gains)} gains for {len(sizes)} sizes"
             assert all(math.isfinite(g) and g >= 0 for g in gains), f"{case}: gains {gains}"
@@ -223,6 +235,14 @@ class MethodLaws:
 
     def _inserted(self, case: Case, model: nn.Module, seed: int = 0) -> AbstractContextManager[Inserted]:
         return Native().insert(model, case.ground.catalog, case.allocation, {KEY: self.make()}, seed)
+
+
+def _parts(method: Method, site: Site) -> tuple[tuple[Site, tuple[Slot, ...]], ...]:
+    """The sites that an option changes, with the slots it occupies there."""
+    if site.kind == "group":
+        return method.parts(site) if isinstance(method, GroupMethod) else ()
+    slots = method.slots(site)
+    return ((site, slots),) if slots else ()
 
 
 def _exact(dtype: torch.dtype) -> float:
@@ -261,7 +281,7 @@ def _disturb(inserted: Inserted) -> None:
 
 def _host_output(model: nn.Module, site: Site, x: Tensor) -> Tensor | None:
     """The host's output in a forward pass; None for tokens, whose host is seen through the whole model."""
-    if site.kind == "tokens":
+    if site.kind in ("tokens", "group"):
         return None
     kept: list[Tensor] = []
 

@@ -91,7 +91,7 @@ class ScorerLaws:
             wanted: set[Place] = set()
             for site in catalog:
                 slots: list[Slot] = ["tokens" if site.kind == "tokens" else "weight"]
-                if site.kind == "block":
+                if site.kind in ("block", "residual"):
                     slots = []
                 elif site.has_bias:
                     slots.append("bias")

@@ -30,6 +30,7 @@ _ADAPTER = "adapter/"
 _STATE = ("adapter/", "buffer/", "head/")
 _OPTIMIZER = "optimizer/"
 _RNG = "rng/"
+_TERMS = "terms/"
 _MAX_HEADER = 100_000_000
 """The format's own limit, so that a damaged length does not read gigabytes."""
 
@@ -70,12 +71,14 @@ class Resumed:
         state: what `Inserted.load_state` takes.
         optimizer: index of a parameter to its moments.
         rng: generator states: `cpu`, and `cuda` when trained there.
+        terms: what the regularisers keep.
     """
 
     progress: Progress
     state: dict[str, Tensor]
     optimizer: dict[int, dict[str, Tensor]]
     rng: dict[str, Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -102,6 +105,7 @@ class Checkpoint:
         inserted: Inserted,
         optimizer: torch.optim.Optimizer,
         rng: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write everything that is needed to go on exactly here."""
         tensors = dict(inserted.state())
@@ -109,6 +113,7 @@ class Checkpoint:
             for name, value in moments.items():
                 tensors[f"{_OPTIMIZER}{index}/{name}"] = value
         tensors.update({_RNG + name: value for name, value in rng.items()})
+        tensors.update({_TERMS + name: value for name, value in (terms or {}).items()})
         _write(self.path, tensors, {"progress": json.dumps(encode(progress))})
 
     def load(self, identity: str) -> Resumed | None:
@@ -148,6 +153,7 @@ class Checkpoint:
             {n: t for n, t in tensors.items() if n.startswith(_STATE)},
             optimizer,
             {n.removeprefix(_RNG): t for n, t in tensors.items() if n.startswith(_RNG)},
+            {n.removeprefix(_TERMS): t for n, t in tensors.items() if n.startswith(_TERMS)},
         )
 
 

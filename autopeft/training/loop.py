@@ -13,11 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from autopeft.core.contracts import Inserted, Method, Task
+from autopeft.core.contracts import Inserted, Method, Regulariser, Task
 from autopeft.core.outcome import Split
 from autopeft.errors import Diverged, UsageError
 from autopeft.training import preempt
 from autopeft.training._device import check_device
+from autopeft.training._terms import Terms
 from autopeft.training.checkpoint import Checkpoint, Progress
 from autopeft.training.identity import training_identity
 from autopeft.training.liveness import Liveness
@@ -82,6 +83,7 @@ def fit(
     on_epoch: OnEpoch | None = None,
     checkpoint: Checkpoint | None = None,
     max_epochs: int | None = None,
+    regularisers: Mapping[str, Regulariser] | None = None,
 ) -> Fit:
     """Train the adapters and the head of a model.
 
@@ -102,6 +104,7 @@ def fit(
             earlier process has done are passed to it again.
         checkpoint: where progress is kept, and where training continues from.
         max_epochs: stop after so many epochs.
+        regularisers: name to regulariser: terms added to the loss, and changes of the gradients.
 
     Raises:
         Diverged: when a loss, a gradient or a metric is NaN or infinite.
@@ -117,7 +120,8 @@ def fit(
     where = check_device(inserted.model, device)
     threads = thread_count(settings.threads) if settings.threads is not None else contextlib.nullcontext()
     with isolated_rng(derive_seed(seed, "fit")), threads:
-        run = _Run(inserted, task, settings, methods, seed, where, splits, watch, metric, on_epoch, checkpoint)
+        shaping = dict(regularisers or {})
+        run = _Run(inserted, task, settings, methods, seed, where, splits, watch, metric, on_epoch, checkpoint, shaping)
         try:
             return run.train(min(settings.epochs, max_epochs or settings.epochs))
         finally:
@@ -147,11 +151,13 @@ class _Run:
     metric: str
     on_epoch: OnEpoch | None
     checkpoint: Checkpoint | None
+    regularisers: Mapping[str, Regulariser]
 
     optimizer: torch.optim.AdamW = field(init=False)
     progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
+        self.inserted.prepare(self.task, derive_seed(self.seed, "prepare"))
         self.optimizer = make_optimizer(self.inserted, self.settings, self.methods)
         self._parameters: list[nn.Parameter] = [p for g in self.optimizer.param_groups for p in g["params"]]
         self._liveness = Liveness(self.inserted.named_adapters())
@@ -170,8 +176,11 @@ class _Run:
             "metric": self.metric,
             "device": self.device.type,
         }
+        if self.regularisers:
+            facts["regularisers"] = {name: repr(found) for name, found in sorted(self.regularisers.items())}
         self.progress = Progress(training_identity(self.inserted, self.task, self.settings, self.methods, facts), 0)
         self._rng: dict[str, Tensor] = {}
+        self._terms = Terms(self.inserted, self.task, self.regularisers, self.seed)
 
     def train(self, last: int) -> Fit:
         """Train up to epoch `last`."""
@@ -213,7 +222,9 @@ class _Run:
                 self._save_within(index, watchdog)
             step = epoch * self._steps_per_epoch + index
             set_rates(self.optimizer, schedule_factor(step, total, self.settings.warmup_fraction))
-            watchdog.note(step, *self._step(batch))
+            for parameter in self.inserted.advance(step, total):
+                self.optimizer.state.pop(parameter, None)
+            watchdog.note(step, *self._step(batch, step, total))
         mean = watchdog.look() / self._steps_per_epoch
         if not self._liveness.done:
             self._liveness.at_epoch_end()
@@ -227,12 +238,15 @@ class _Run:
             self.progress, epoch=epoch + 1, step=0, loss_sum=0.0, losses=losses, curve=curve, metrics=metrics
         )
 
-    def _step(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _step(self, batch: Any, step: int, total: int) -> tuple[Tensor, Tensor]:
         """One step; returns loss and gradient norm, unread, so that the device is not waited for."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
-            loss = self.task.loss(self.inserted.model, batch)
+            with self._terms.watching(batch, step, total):
+                loss = self.task.loss(self.inserted.model, batch)
+            loss = self._terms.added_to(loss)
         loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it only in part
+        self._terms.adjust()
         if not self._liveness.done:
             self._liveness.after_backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -283,6 +297,7 @@ class _Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": resumed.optimizer, "param_groups": groups})
         self.progress, self._rng = resumed.progress, resumed.rng
+        self._terms.load_state(resumed.terms)
         return self.on_epoch is not None and any(self.on_epoch(*point) for point in resumed.progress.curve)
 
     def _save_if_due(self, force: bool) -> None:
@@ -294,7 +309,7 @@ class _Run:
     def _save(self, progress: Progress) -> None:
         if self.checkpoint is not None:
             progress = replace(progress, seconds=self._seconds())
-            self.checkpoint.save(progress, self.inserted, self.optimizer, self._get_rng())
+            self.checkpoint.save(progress, self.inserted, self.optimizer, self._get_rng(), self._terms.state())
             self._saved_at = time.perf_counter()
 
     def _save_within(self, index: int, watchdog: Watchdog) -> None:

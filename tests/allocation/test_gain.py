@@ -133,7 +133,7 @@ def test_menus_of_real_methods(vit: Catalog, methods: Mapping[str, Method], scor
     again = build_menu(vit, methods, scores, GainPolicy(), fused="both", budget=budget)
     assert menu.options == again.options
     assert menu.scores is scores
-    assert set(menu.sites) == {s.name for s in vit.sites}
+    assert set(menu.sites) == {s.name for s in vit.offered("both")}
     for o in menu:
         assert o.cost == methods[o.method].cost(vit[o.site], o.size)
         assert o.cost.trainable <= 200

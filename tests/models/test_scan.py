@@ -18,8 +18,8 @@ Family = Callable[[str], tuple[nn.Module, Catalog]]
 NAMES = ("vit", "swin", "convnext", "resnet", "efficientnet")
 BLOCKS = {"vit": 3, "swin": 5, "convnext": 5, "resnet": 8, "efficientnet": 16}
 KINDS = {
-    "vit": {"linear", "conv2d", "layer_norm", "tokens", "block"},
-    "swin": {"linear", "conv2d", "layer_norm", "tokens", "block"},
+    "vit": {"linear", "conv2d", "layer_norm", "tokens", "block", "residual"},
+    "swin": {"linear", "conv2d", "layer_norm", "tokens", "block", "residual"},
     "convnext": {"conv2d", "layer_norm", "layer_scale", "block"},
     "resnet": {"conv2d", "batch_norm", "block"},
     "efficientnet": {"conv2d", "batch_norm", "block"},
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def _owned(catalog: Catalog) -> list[Site]:
-    return [site for site in catalog if not site.parent and site.kind != "block"]
+    return [site for site in catalog if not site.parent and site.kind not in ("block", "residual")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,6 +68,34 @@ def test_kinds_blocks_and_depths(family: Family, name: str) -> None:
     assert {site.depth for site in stems} == {0}
 
 
+def test_residual_branches_of_a_transformer() -> None:
+    """Attention and MLP of every block, with the norm whose input is the residual stream."""
+    catalog = scan(tiny_vit())
+    found = [(s.name, s.role, s.entry, s.shape, s.slots) for s in catalog if s.kind == "residual"]
+    assert found == [
+        (f"blocks.{i}.{name}", name, f"blocks.{i}.{norm}", (16,), ("output",))
+        for i in range(2)
+        for name, norm in (("attn", "norm1"), ("mlp", "norm2"))
+    ]
+    assert [s.slots for s in catalog if s.kind == "block"] == [("output", "tokens")] * 2
+
+
+def test_groups_of_a_transformer() -> None:
+    """All matrices, those of one role, the sites of a block, the blocks, the first and last block."""
+    catalog = scan(tiny_vit())
+    groups = {g.name: [m.name for m in g.members] for g in catalog.groups()}
+    assert list(groups) == [
+        "*", "*:attn.qkv", "*:attn.proj", "*:mlp.fc1", "*:mlp.fc2", "block:0", "block:1", "blocks", "stream",
+    ]  # fmt: skip
+    assert groups["*:mlp.fc1"] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
+    assert groups["*"][0] == "patch_embed.proj"
+    assert len(groups["*"]) == 9
+    assert set(groups["block:1"]) == {
+        f"blocks.1.{n}" for n in ("norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2")
+    }
+    assert catalog["*:attn.qkv"].members[1] is catalog["blocks.1.attn.qkv"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_channel_axis_is_the_one_the_output_has(family: Family, name: str) -> None:
     model, catalog = family(name)
@@ -96,7 +124,7 @@ def test_row_of_the_weight_is_channel_of_the_output(build: Callable[[], nn.Modul
     model = build()
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for site in scan(model):
-        if "output" not in site.slots or site.kind == "block":
+        if "output" not in site.slots or site.kind in ("block", "residual"):
             continue
         seen: list[Tensor] = []
         host = model.get_submodule(site.module)

@@ -96,6 +96,15 @@ class FakeInserted:
             for name, p in self.model.head.named_parameters():
                 p.copy_(state[f"head/{name}"])
 
+    def prepare(self, task: Any, seed: int) -> None:
+        self.prepared = seed
+
+    def advance(self, step: int, total: int) -> list[nn.Parameter]:
+        return []
+
+    def penalty(self) -> Tensor | None:
+        return None
+
     def merged_state(self) -> dict[str, Tensor]:
         raise NotImplementedError
 

@@ -1,0 +1,3 @@
+"""What shapes training besides the loss of the task: terms added to it, and changes of its gradients."""
+
+BUILTIN: dict[str, str] = {}
