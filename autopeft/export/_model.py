@@ -11,7 +11,7 @@ import timm
 from torch import Tensor, nn
 
 from autopeft.core.contracts import Inserted
-from autopeft.methods.base import Adapter
+from autopeft.methods.base import Adapter, Shared
 
 __all__ = [
     "States",
@@ -59,8 +59,14 @@ def states_of(inserted: Inserted) -> States:
 
 
 def adapters_of(inserted: Inserted) -> dict[str, Adapter]:
-    """Option key to adapter."""
-    return {key: a for key, a in inserted.named_adapters().items() if isinstance(a, Adapter)}
+    """Option key to adapter; the members of an option on several sites under their own names."""
+    found: dict[str, Adapter] = {}
+    for key, part in inserted.named_adapters().items():
+        if isinstance(part, Adapter):
+            found[key] = part
+        elif isinstance(part, Shared):
+            found |= {f"{key} at {adapter.site.name}": adapter for adapter in part.adapters()}
+    return found
 
 
 def not_mergeable(inserted: Inserted) -> str:
@@ -104,6 +110,8 @@ def classifier_modules(inserted: Inserted) -> tuple[str, ...]:
 def tensor_names(adapter: Adapter) -> tuple[str, ...]:
     """Names, in the model's state dict, of the tensors that merging an adapter changes."""
     site = adapter.site
+    if site.kind in ("block", "residual"):
+        return ()
     found: list[str] = []
     for slot in adapter.slots:
         found += {"bias": ["bias"], "output": [site.parameter, "bias"]}.get(slot, [site.parameter])
