@@ -34,6 +34,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "autopeft.cli.export:export",
         "Write the trained plan in other formats; each is reloaded in a fresh process and compared.",
     ),
+    "compress": (
+        "autopeft.cli.compress:compress",
+        "Drop entries of a trained change and keep the others in a few bits; each step's loss is measured.",
+    ),
     "report": ("autopeft.cli.report:report", "Print the verdict, the baselines and where the budget went."),
     "dashboard": (
         "autopeft.cli.dashboard:dashboard",
@@ -42,6 +46,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": (
         "autopeft.cli.inspect:inspect",
         "List the sites of a model, what can be put on them, and what a budget means for it.",
+    ),
+    "methods": (
+        "autopeft.cli.methods:methods",
+        "List the methods that a plan may mix: what each changes, costs and exports, and where it comes from.",
     ),
     "resume": (
         "autopeft.cli.resume:resume",
