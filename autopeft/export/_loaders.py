@@ -78,6 +78,18 @@ apply_delta(model, os.path.join(folder, "delta.safetensors"))
 logits = run_torch(model)
 """
 
+_COMPRESSED = """
+import os, sys, timm
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, folder)
+from load_compressed import apply_compressed
+
+model = timm.create_model("local-dir:" + base, pretrained=True)
+apply_compressed(model, os.path.join(folder, "compressed.safetensors"))
+logits = run_torch(model)
+"""
+
 _ONNX = """
 import importlib.util, os
 
@@ -99,6 +111,7 @@ LOADERS = {
     "peft": _PEFT,
     "peft-init": _PEFT,
     "delta": _DELTA,
+    "compressed": _COMPRESSED,
     "onnx": _ONNX,
 }
 """Kind to the code that loads it."""

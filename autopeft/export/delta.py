@@ -29,7 +29,7 @@ from autopeft.export._model import (
 from autopeft.methods.base import Adapter
 from autopeft.store.atomic import write_text
 
-__all__ = ["APPLY", "DeltaExport"]
+__all__ = ["APPLY", "DeltaExport", "changes_of"]
 
 APPLY = """from safetensors.torch import load_file
 
@@ -88,7 +88,7 @@ class DeltaExport:
             "base_sha256": str(record.model.get("weights_hash", "")),
             "plan": inserted.allocation.digest,
         }
-        paths = [write_tensors(folder / "delta.safetensors", _changes(inserted, states), metadata)]
+        paths = [write_tensors(folder / "delta.safetensors", changes_of(inserted, states), metadata)]
         if includes_base(self.base, record):
             paths += write_base(inserted, states, record, folder / "base")
         expression = base_expression(self.base, inserted, record)
@@ -110,7 +110,8 @@ class DeltaExport:
         return tuple(paths)
 
 
-def _changes(inserted: Inserted, states: States) -> dict[str, Tensor]:
+def changes_of(inserted: Inserted, states: States) -> dict[str, Tensor]:
+    """The content of `delta.safetensors`: every changed tensor in its smallest form, as `NAME.PART`."""
     whole = {*states.classifier, *trained_statistics(inserted)}
     factors = _factors(inserted)
     found: dict[str, Tensor] = {}

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
     from autopeft.core.contracts import Inserted
 
-__all__ = ["DEFAULT_KINDS", "deliver", "export_folder", "with_exports"]
+__all__ = [
+    "DEFAULT_KINDS",
+    "deliver",
+    "export_folder",
+    "record_of",
+    "sample_images",
+    "trained_plan",
+    "with_exports",
+]
 
 DEFAULT_KINDS = ("timm", "peft", "delta", "native")
 """What a search exports where the plan can be represented."""
@@ -72,7 +80,7 @@ def deliver(
     if unknown:
         raise UsageError(f"there is no export format {unknown[0]!r}; known: {', '.join(EXPORTERS)}")
     study = study_from_dict(plan.study)
-    images = _images(prepared)
+    images = sample_images(prepared)
     trained = [kind for kind in kinds if kind not in _UNTRAINED]
     written: dict[str, Path] = {}
     for group, state in ((trained, load_adapter(adapter)), ([k for k in kinds if k in _UNTRAINED], None)):
@@ -137,17 +145,22 @@ def export_folder(
     Raises:
         StoreError: when the folder holds no trained plan.
     """
-    plan_path, adapter = _trained(source, trial)
+    plan_path, adapter = trained_plan(source, trial)
     plan = read_plan(plan_path)
     study = study_from_dict(plan.study)
     prepared = prepare(study)
     if plan.head:
         prepared.head = plan.head
-    record = _record(source, prepared)
+    record = record_of(source, prepared)
     return deliver(prepared, plan, adapter, record, output or source / "exports", kinds, required=True, emit=emit)
 
 
-def _trained(source: Path, trial: int | None) -> tuple[Path, Path]:
+def trained_plan(source: Path, trial: int | None) -> tuple[Path, Path]:
+    """Paths of the plan and of the trained adapter in a finished run, or in a folder that `autopeft train` wrote.
+
+    Raises:
+        StoreError: when the folder holds no trained plan, or the run no such trial.
+    """
     record_path = source / "record.json"
     if trial is None and (source / "plan.json").is_file() and (source / "adapter.safetensors").is_file():
         return source / "plan.json", source / "adapter.safetensors"
@@ -171,7 +184,8 @@ def _trained(source: Path, trial: int | None) -> tuple[Path, Path]:
     return source / found.plan, adapter
 
 
-def _record(source: Path, prepared: Prepared) -> Record:
+def record_of(source: Path, prepared: Prepared) -> Record:
+    """The record of a finished run, or one that knows model, data and budget alone."""
     path = source / "record.json"
     if path.is_file():
         try:
@@ -183,7 +197,7 @@ def _record(source: Path, prepared: Prepared) -> Record:
     )
 
 
-def _images(prepared: Prepared) -> Tensor:
+def sample_images(prepared: Prepared) -> Tensor:
     """Some images of the outer split, in evaluation order."""
     for images, _ in prepared.task.batches("outer", batch_size=_IMAGES):
         found: Tensor = images[:_IMAGES]

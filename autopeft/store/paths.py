@@ -168,6 +168,11 @@ class RunFolder:
         return self.root / "exports"
 
     @property
+    def compressed(self) -> Path:
+        """Folder of the compressed plans, one folder per choice of settings."""
+        return self.root / "compressed"
+
+    @property
     def finish(self) -> Path:
         """Folder of the final retrainings."""
         return self.root / "finish"

@@ -30,6 +30,7 @@ def test_the_names_of_a_run(tmp_path: Path) -> None:
         "record": "record.json",
         "exports": "exports",
         "finish": "finish",
+        "compressed": "compressed",
         "costs": "costs.json",
         "lock": "run.lock",
     }
