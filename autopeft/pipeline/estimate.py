@@ -23,6 +23,7 @@ def estimate(study: Study) -> dict[str, Any]:
         Budget, options, contenders, epochs and predicted seconds.
     """
     from autopeft.config.spaces import load_space
+    from autopeft.pipeline.knobs import relevant_space
 
     prepared = prepare(study)
     groups = contender_groups(prepared, study)
@@ -37,7 +38,7 @@ def estimate(study: Study) -> dict[str, Any]:
         "data": {"classes": len(prepared.task.classes), "sizes": dict(prepared.task.sizes)},
         "default_plan": {"options": len(default), "spent": default.spent},
         "contenders": {group.name: [c.name for c in group.candidates] for group in groups},
-        "knobs": [knob.path for knob in load_space(study.search.space)],
+        "knobs": [knob.path for knob in relevant_space(load_space(study.search.space), study)],
         "trials": study.search.trials,
         "epochs": effort.epochs,
         "seconds": round(effort.planned_seconds, 1),

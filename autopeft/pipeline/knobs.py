@@ -13,10 +13,26 @@ if TYPE_CHECKING:
     from autopeft.config.study import Study
     from autopeft.pipeline.tune import Tuned
 
-__all__ = ["apply_knobs", "baseline_values"]
+__all__ = ["apply_knobs", "baseline_values", "relevant_space"]
 
 _METHODS = "gain.methods."
 _RATES = "train.lr."
+
+
+def relevant_space(space: Space, study: Study) -> Space:
+    """The knobs that can matter to a study: none of methods that it does not have, no rates of families it lacks.
+
+    One space serves studies of many methods without making the sampler learn about knobs that do nothing. It is the
+    same for every trial of a study.
+    """
+    families = {method.family for method in study.methods.values()} | {"head"}
+
+    def matters(path: str) -> bool:
+        if path.startswith(_METHODS):
+            return path.removeprefix(_METHODS) in study.methods
+        return not path.startswith(_RATES) or path.removeprefix(_RATES) in families
+
+    return Space(tuple(knob for knob in space if matters(knob.path)))
 
 
 def apply_knobs(study: Study, values: Mapping[str, Value]) -> Study:

@@ -16,7 +16,7 @@ from autopeft.core.record import Role, Trial
 from autopeft.errors import InfeasibleBudget, Preempted
 from autopeft.pipeline.effort import Effort
 from autopeft.pipeline.events import Event
-from autopeft.pipeline.knobs import apply_knobs
+from autopeft.pipeline.knobs import apply_knobs, relevant_space
 from autopeft.pipeline.plan import make_plan
 from autopeft.pipeline.planfile import write_plan
 from autopeft.pipeline.planning import as_plan
@@ -53,7 +53,7 @@ def open_searcher(
     return OptunaSearcher.open(
         url,
         name or run.root.resolve().name,
-        load_space(study.search.space),
+        relevant_space(load_space(study.search.space), study),
         seed=study.seed,
         goal=study.reward.goals[0],
         metric=study.reward.names[0],
