@@ -7,12 +7,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from autopeft.compression.codes import MOST_BITS, lloyd_codes
 from autopeft.compression.loader import unpack
 from autopeft.errors import UsageError
+from autopeft.methods.codes import MOST_BITS, lloyd_codes, pack
 
 __all__ = ["Codes", "Quantised", "pack", "quantise"]
 
@@ -90,14 +89,3 @@ def quantise(tensor: Tensor, bits: int, codes: Codes = "lloyd") -> Quantised:
         found = found.clip(0, 2**bits - 1)
     packed = torch.from_numpy(pack(found.astype(np.uint8), bits))
     return Quantised(packed, tuple(tensor.shape), bits, codes, scale, offset)
-
-
-def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes of `bits` bits each as bytes, the first in the highest bits; the last byte is filled with zeros.
-
-    Args:
-        codes: shape (n,), each below 2^bits.
-        bits: 1 to 8.
-    """
-    flat = np.unpackbits(codes.reshape(-1, 1), axis=1)[:, 8 - bits :]
-    return np.packbits(flat.reshape(-1))

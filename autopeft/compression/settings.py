@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from autopeft.compression.codes import MOST_BITS
 from autopeft.compression.darex import Rows
 from autopeft.compression.quantise import Codes
 from autopeft.errors import UsageError
+from autopeft.methods.codes import MOST_BITS
 
 __all__ = ["Choose", "ChooseOn", "CompressionSettings", "Of", "Rescale"]
 
