@@ -58,8 +58,9 @@ class HostForward:
     """Replaces `host.forward`: base forward on changed tensors and input, plus branches, then output maps.
 
     Adapters of all forms compose in this order whatever order they were given in: first the host's tensors are
-    swapped, then its input is mapped, then branches of the original input are added, then outputs are mapped; merging
-    keeps the same order. Adapters that wrap go around all of it, the first one outermost.
+    swapped and what stands in for it takes its place, then its input is mapped, then branches of the original input
+    are added, then outputs are mapped; merging keeps the same order. Adapters that wrap go around all of it, the first
+    one outermost.
 
     Args:
         host: the module.
@@ -82,6 +83,12 @@ class HostForward:
         self.switch = switch or Switch()
         self.entries = entries or {}
         self.swaps = [a for a in adapters if a.form == "swap"]
+        self.stand_ins = [a for a in adapters if a.form == "stand_in"]
+        if len(self.stand_ins) > 1:
+            raise UsageError(
+                f"two adapters would run in the place of {self.stand_ins[0].site.name}, and only one of PEFT's layers "
+                f"can; give the other slot of it to a native method"
+            )
         self.inputs = [a for a in adapters if a.form == "input"]
         self.branches = [a for a in adapters if a.form == "branch"]
         self.outputs = [a for a in adapters if a.form == "output"]
@@ -106,8 +113,11 @@ class HostForward:
             for adapter in self.inputs:
                 x = adapter.receive(x)
             given = (x, *args[1:])
+        base: Callable[..., Any] = partial(self.base, **kwargs) if kwargs else self.base
+        for adapter in reversed(self.stand_ins):
+            base = partial(adapter.around, base)
         with self._swapped():
-            y = self.base(*given, **kwargs)
+            y = base(*given)
         if not self.branches and not self.outputs:
             return y
         if not isinstance(y, Tensor):

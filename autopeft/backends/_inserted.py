@@ -262,7 +262,7 @@ class NativeInserted:
 
     def _exact(self) -> list[tuple[str, Adapter]]:
         """Copies in float64 of all adapters, in the order in which a host's forward applies them."""
-        order: tuple[Form, ...] = ("swap", "input", "branch", "output", "wrap")
+        order: tuple[Form, ...] = ("swap", "stand_in", "input", "branch", "output", "wrap")
         found: list[tuple[str, Adapter]] = []
         for key, part in self._parts.items():
             exact = copy.deepcopy(part).double().cpu()

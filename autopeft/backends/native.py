@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ class Native:
     train_batch_norm: bool = False
     base_dropout: bool = False
 
+    yields: ClassVar[type[NativeInserted]] = NativeInserted
+    """What `insert` yields."""
+
     @contextmanager
     def insert(
         self,
@@ -92,7 +96,7 @@ class Native:
             }
             switch = Switch()
             _attach(model, parts, switch, undo)
-            inserted = NativeInserted(
+            inserted = self.yields(
                 model,
                 allocation,
                 parts,

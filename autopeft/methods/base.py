@@ -13,9 +13,10 @@ from autopeft.errors import UsageError
 
 __all__ = ["Adapter", "Form", "Part", "Shared"]
 
-Form = Literal["swap", "input", "branch", "output", "wrap"]
-"""How a backend runs an adapter: `swap` runs the host with changed tensors, `input` maps the host's input, `branch`
-adds to the host's output, `output` maps the host's output, `wrap` runs the host itself."""
+Form = Literal["swap", "stand_in", "input", "branch", "output", "wrap"]
+"""How a backend runs an adapter: `swap` runs the host with changed tensors, `stand_in` runs in the host's place, `input`
+maps the host's input, `branch` adds to the host's output, `output` maps the host's output, `wrap` runs the host
+itself."""
 
 
 class Part(nn.Module):
@@ -66,12 +67,13 @@ class Part(nn.Module):
 class Adapter(Part):
     """Trainable tensors for one site, and what they do there.
 
-    An adapter never holds its host: the backend calls it with what it needs. It acts in one of five forms, chosen when
+    An adapter never holds its host: the backend calls it with what it needs. It acts in one of six forms, chosen when
     it is built because some hosts (weight-standardised convolutions, norms that contain an activation) are not linear
     in their weight:
 
     - `swap`: the host runs with its tensors replaced by `merge(tensors)`. Norms, layer scales, tokens, and every Linear
       or Conv2d whose forward is not the plain one.
+    - `stand_in`: `around` runs in the place of the host's own forward, inside of everything else on the host.
     - `input`: the host is given `receive(x)` in place of its first argument.
     - `branch`: the host's output gains `branch(x)`. No dense change of the weight is made. Linear, Conv2d, and residual
       branches.
@@ -123,10 +125,11 @@ class Adapter(Part):
         raise NotImplementedError(f"{type(self).__name__} of {self.site.name} maps no input, its form is {self.form!r}")
 
     def around(self, run: Callable[..., Any], *args: Any) -> Any:
-        """Run the host; form `wrap` only.
+        """Run the host; forms `wrap` and `stand_in` only.
 
         Args:
-            run: the host's forward with the adapters of the other forms in it; keyword arguments are bound already.
+            run: the host's forward with the adapters of the other forms in it, for `stand_in` its own forward alone;
+                keyword arguments are bound already.
             args: the host's positional arguments.
 
         Returns:
