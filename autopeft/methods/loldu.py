@@ -31,10 +31,10 @@ DiagonalStart = Literal["lu", "ones", "zeros", "constant", "normal", "uniform"]
 class LoLDU:
     """`W + s P L_r diag(z - z_0) U_r`, the first r atoms of `W = P L D U` with their diagonal z trained.
 
-    Shi et al., 2024, arXiv 2410.13618, equations 6 to 8; W absorbs the initial term, so that every start is an exact
-    identity. L and U have unit diagonals and W is factored with partial pivoting. Factors and permutation are computed
-    again from W by a rule that gives the same pivots everywhere (`_ldu`); they are not stored and cost nothing. A
-    convolution's weight is flattened to (out, in / groups * kh * kw).
+    Shi et al., 2024, arXiv 2410.13618; W absorbs the initial term, so that every start is an exact identity. L and U
+    have unit diagonals and W is factored with partial pivoting. Factors and permutation are computed again from W by a
+    rule that gives the same pivots everywhere (`_ldu`); they are not stored and cost nothing. A convolution's weight is
+    flattened to (out, in / groups * kh * kw).
 
     Since z enters linearly, its start matters only to what pulls on z itself: weight decay pulls it to zero, that is,
     the change to `-P L diag(z_0) U`; with `zeros` it pulls towards W. Random starts are drawn from `seed` and the

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from autopeft.core.budget import Cost
 from autopeft.core.menu import Indices, Option
@@ -18,14 +16,12 @@ from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
 from autopeft.methods._host import host_tensor, is_plain, new_parameter, rows_of
+from autopeft.methods._l1 import L1OfProduct
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._spectrum import captured, squared_singular_values
 
 __all__ = ["PEGO", "PEGOAdapter"]
-
-_CHUNK = 1 << 22
-"""Entries of the block of a product that is held at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,38 +134,7 @@ class PEGOAdapter(LowRankAdapter):
         downs, ups = torch.chunk(self.A, members), torch.chunk(self.B, members, dim=1)
         total = self.A.new_zeros(())
         for i, (a, b) in enumerate(zip(downs, ups, strict=True)):
-            total = total + _L1OfProduct.apply(frozen @ a.T, b)
+            total = total + L1OfProduct.apply(frozen @ a.T, b)
             for other_a, other_b in zip(downs[i + 1 :], ups[i + 1 :], strict=True):
-                total = total + _L1OfProduct.apply(b @ (a @ other_a.T), other_b)
+                total = total + L1OfProduct.apply(b @ (a @ other_a.T), other_b)
         return self.strength * total
-
-
-class _L1OfProduct(Function):
-    """`sum |P Q^T|` for P (n, r) and Q (m, r), in blocks of rows: the (n, m) product is never held, nor saved.
-
-    Value and gradients are computed together in the forward pass, since what the backward pass needs of the product is
-    its signs, which would take as much memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        """The sum, a scalar."""
-        total = left.new_zeros(())
-        grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
-        step = max(1, _CHUNK // max(1, len(right)))
-        for start in range(0, len(left), step):
-            rows = left[start : start + step]
-            product = rows @ right.T
-            total = total + product.abs().sum()
-            signs = product.sign_()
-            grad_left[start : start + step] = signs @ right
-            grad_right += signs.T @ rows
-        ctx.save_for_backward(grad_left, grad_right)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """What the forward pass prepared, times the incoming gradient."""
-        grad_left, grad_right = ctx.saved_tensors
-        return grad * grad_left, grad * grad_right

@@ -27,10 +27,10 @@ __all__ = ["SVDiff", "SVDiffAdapter"]
 class SVDiff(SingleSize):
     """`U diag(relu(s + delta)) V^T` with the spectral shift delta trained from zero.
 
-    Han et al., 2023, arXiv 2303.11305, equation 3. The rectifier keeps singular values from turning negative; one that
-    is zero (up to float32's rounding of the largest) has no gradient and stays zero. Only Linear and convolution
-    weights are shifted; a convolution's is flattened to (out, in / groups * kh * kw). The bases are computed again from
-    W and are not stored.
+    Han et al., 2023, arXiv 2303.11305. The rectifier keeps singular values from turning negative; one that is zero (up
+    to float32's rounding of the largest) has no gradient and stays zero. Only Linear and convolution weights are
+    shifted; a convolution's is flattened to (out, in / groups * kh * kw). The bases are computed again from W and are
+    not stored.
     """
 
     family: ClassVar[str] = "core"
