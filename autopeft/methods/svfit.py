@@ -27,9 +27,9 @@ __all__ = ["SVFit", "SVFitAdapter"]
 class SVFit:
     """`U_r diag(sigma) V_r^T + W_e`: the r largest singular values are trained, the rest of W is frozen.
 
-    Sun et al., 2024, arXiv 2409.05926. What is trained is `sigma - sigma_0`, from zero: the same training but for weight
-    decay, which pulls towards W, and an exact identity at the start. The bases are computed again from W when a plan is
-    loaded and are not stored. A convolution's weight is flattened to (out, in / groups * kh * kw).
+    Sun et al., 2024, arXiv 2409.05926. What is trained is `sigma - sigma_0`, from zero: an exact identity at the start,
+    and the same training but for weight decay, which pulls towards W. The bases are computed again from W when a plan
+    is loaded and are not stored. A convolution's weight is flattened to (out, in / groups * kh * kw).
 
     Attributes:
         energy: the paper takes the smallest r whose singular values hold a share (99 %) of the sum of their squares.
