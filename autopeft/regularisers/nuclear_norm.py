@@ -99,12 +99,11 @@ class _Nuclear(Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """The sum, a scalar; NaN for a matrix that is not finite."""
-        try:
-            u, values, vh = _factored(*factors) if factors is not None else _compressed(matrix)
-        except torch.linalg.LinAlgError:
-            # The training has diverged; whoever watches the losses says so better.
+        if not matrix.isfinite().all():
+            # The training has diverged; whoever watches the losses says so better than a decomposition that fails.
             ctx.save_for_backward(torch.full_like(matrix, torch.nan))
             return matrix.new_full((), torch.nan)
+        u, values, vh = _factored(*factors) if factors is not None else _compressed(matrix)
         # What is left of a singular value of zero after rounding has directions that mean nothing.
         kept = values > values.sum() * max(matrix.shape) * torch.finfo(values.dtype).eps
         ctx.save_for_backward((u * kept) @ vh)
