@@ -3,6 +3,8 @@
 BUILTIN = {
     "adapter": "autopeft.methods.bottleneck:BottleneckAdapter",
     "bias": "autopeft.methods.bias:Bias",
+    "bit_adaptformer": "autopeft.methods.bit_adaptformer:BitAdaptFormer",
+    "bit_lora": "autopeft.methods.bit_lora:BitLoRA",
     "block_adapter": "autopeft.methods.block_adapter:BlockAdapter",
     "core": "autopeft.methods.core:Core",
     "dora": "autopeft.methods.dora:DoRA",
