@@ -1,0 +1,110 @@
+"""Shared core: one small trained matrix for all layers of a kind, each between singular bases of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from autopeft.core.budget import Cost
+from autopeft.core.menu import Option
+from autopeft.core.scores import Evidence
+from autopeft.core.site import Site
+from autopeft.methods._bases import LARGEST_RANK, top_singular
+from autopeft.methods._grouped import Grouped, member_evidence, member_signal
+from autopeft.methods._host import host_tensor, is_plain, new_parameter
+from autopeft.methods._low_rank import LowRankAdapter
+from autopeft.methods._sizes import check_size
+from autopeft.methods.base import Shared
+
+__all__ = ["SharedCore", "SharedCoreAdapter", "SharedCoreShared"]
+
+_SIZES = (*range(1, 17), 18, 20, 24, 28, 32, 40, 48, 56, LARGEST_RANK)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedCore(Grouped):
+    """`W_l + U_l M V_l^T` for every layer l of one role, with one M (r, r) for all of them.
+
+    A core matrix (see `core`) costs r^2 per layer; here it costs r^2 for all of a model's qkv projections together, or
+    for all of its fc1. What the layers share is a change in their own coordinates: entry (i, j) of M sends what a
+    layer reads with its j-th right singular vector to its i-th left one. U_l and V_l are frozen, computed again from
+    W_l when a plan is loaded, and not stored. M starts at zero, an exact identity.
+    """
+
+    family: ClassVar[str] = "core"
+
+    def members(self, site: Site) -> tuple[Site, ...]:
+        """The Linears or convolutions of a group `*:ROLE`."""
+        if site.kind != "group" or not site.name.startswith("*:"):
+            return ()
+        return tuple(m for m in site.members if m.is_matrix and "weight" in m.slots)
+
+    def sizes(self, site: Site) -> tuple[int, ...]:
+        """1 to 16, then 18, 20, 24, 28, 32, 40, 48, 56, 64, as far as the smallest side of any member goes."""
+        largest = min((min(m.in_features, m.out_features) for m in self.members(site)), default=0)
+        return tuple(r for r in _SIZES if r <= largest)
+
+    def cost(self, site: Site, size: int) -> Cost:
+        """`r^2`; changes every entry of the members."""
+        r = check_size("shared_core", site, size, self.sizes(site))
+        return Cost.plain(r * r, entries=sum(m.n_weight for m in self.members(site)))
+
+    def build(self, site: Site, option: Option, host: nn.Module, generator: torch.Generator) -> SharedCoreShared:
+        """M zero; the bases come from the weights and nothing is random."""
+        r = check_size("shared_core", site, option.size, self.sizes(site))
+        return SharedCoreShared(site, self.members(site), host, r)
+
+    def gains(self, site: Site, evidence: Evidence, sizes: Sequence[int]) -> tuple[float, ...]:
+        """`|sum_l U_l^T S_l V_l|^2 / L`: the energy of the signals' projection on the changes that M can make.
+
+        The L changes of one entry of M are orthogonal to each other and of norm 1 each, hence the division.
+        """
+        members = self.members(site)
+        rank = min(max(sizes), self.sizes(site)[-1])
+        pull = torch.zeros(rank, rank, dtype=torch.float64)
+        for member in members:
+            u, v = top_singular(member_evidence(evidence, member)["weight"].value, None, rank)
+            pull += (u.T @ member_signal(evidence, member) @ v).double()
+        total = pull.square().cumsum(0).cumsum(1).diagonal() / len(members)
+        return tuple(float(total[min(size, rank) - 1]) for size in sizes)
+
+
+class SharedCoreShared(Shared):
+    """The core `M` (r, r) of a group."""
+
+    def __init__(self, site: Site, members: tuple[Site, ...], model: nn.Module, rank: int) -> None:
+        super().__init__(site)
+        self.M = new_parameter(model, torch.zeros(rank, rank))
+        for member in members:
+            self.add(SharedCoreAdapter(member, model.get_submodule(member.module), self))
+
+
+class SharedCoreAdapter(LowRankAdapter):
+    """One layer's bases `U` (out_features, r) and `V` (in_features, r), buffers that are not saved."""
+
+    U: Tensor
+    V: Tensor
+
+    def __init__(self, site: Site, host: nn.Module, shared: SharedCoreShared) -> None:
+        super().__init__(site, "branch" if is_plain(host) else "swap")
+        self._shared = (shared,)
+        u, v = top_singular(host_tensor(site, host, site.parameter), site.rows, len(shared.M))
+        self.register_buffer("U", u.to(shared.M, copy=True), persistent=False)
+        self.register_buffer("V", v.to(shared.M, copy=True), persistent=False)
+        self.keep_geometry(host)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """As the base class says, at rank r in both products."""
+        return self.expand(self.contract(x, self._shared[0].M @ self.V.T), self.U)
+
+    def delta(self) -> dict[str, Tensor]:
+        """`U M V^T` as a tensor of the site's shape."""
+        return {"weight": (self.U @ self._shared[0].M @ self.V.T).view(self.site.shape)}
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """`(V^T, U M)`."""
+        return self.V.T.clone(), self.U @ self._shared[0].M.detach()
