@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -107,7 +108,10 @@ def start_from_gradients(inserted: Inserted, adapters: Mapping[str, PeftAdapter]
                 torch.autograd.backward(task.loss(model, batch))
 
         try:
-            preprocess_loraga(model, config, run)
+            # The first layers' inputs need no gradient, of which torch warns whoever counts backward passes.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                preprocess_loraga(model, config, run)
             gradients = {path: host.__dict__["_peft_loraga_grad"] for path, host in hosts.items()}
         finally:
             for parameter, flag in flags:

@@ -170,7 +170,11 @@ def _mask(adapter: SparseAdapter, config: Any) -> None:
     """Let SHiRA take the entries that the plan chose."""
     size = adapter.site.n_weight
     chosen = torch.zeros(size).index_fill_(0, adapter.index.long().cpu(), 1.0).view(adapter.site.shape)
-    config.mask_fn = lambda base_layer, r: chosen
+
+    def mask(base_layer: nn.Module, r: int, random_seed: int | None = None) -> Tensor:
+        return chosen
+
+    config.mask_fn = mask
 
 
 def _host_ssf(config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from autopeft.core.site import Site, Slot
 
-__all__ = ["Host", "Tuner", "host_kind"]
+__all__ = ["Gain", "Host", "Start", "Tuner", "host_kind"]
 
 Host = Literal["linear", "pointwise", "conv", "grouped", "norm"]
 """What a site's module is to PEFT: a Linear, a 1x1 convolution, a larger one, one in groups, a LayerNorm."""

@@ -206,7 +206,7 @@ class PeftAdapter(Adapter):
                 layer.lora_ga_init(ADAPTER, config)
         finally:
             shadow._parameters["weight"] = weight
-            del shadow._peft_loraga_grad
+            vars(shadow).pop("_peft_loraga_grad", None)
         down, up = (f.detach().clone() for f in factors)
         if [f.shape for f in factors] != shapes:
             raise UsageError(
