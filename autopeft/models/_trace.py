@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ class Trace:
         called: modules in order of their first call, with the number of calls, by dotted path.
         outputs: shape of the output of the last call, where the output is one tensor.
         touched: identities of the parameters that some tensor operation took as an argument.
+        extended: of the modules that were to be tried with a further token, those that take it.
         watched: whether a forward pass ran at all; nothing is known when False.
         reason: why none ran.
     """
@@ -36,6 +38,7 @@ class Trace:
     called: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
+    extended: set[str] = field(default_factory=set)
     watched: bool = False
     reason: str = ""
 
@@ -48,7 +51,7 @@ class Trace:
         return not self.watched or id(parameter) in self.touched
 
 
-def trace(model: nn.Module, example: Tensor | None = None) -> Trace:
+def trace(model: nn.Module, example: Tensor | None = None, extend: Collection[str] = ()) -> Trace:
     """Watch one forward pass in evaluation mode without gradients; the model is left as it was found.
 
     The pass runs on fake tensors, which have shapes and no values, so it costs neither memory nor arithmetic; models
@@ -57,6 +60,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> Trace:
     Args:
         model: the model; may live on the meta device.
         example: images (B, C, H, W); None makes them from the model's own configuration.
+        extend: paths of modules that are run once more, alone, on the tokens they were given and one further token: a
+            relative position bias, rotary angles or windows fix the number of tokens.
 
     Returns:
         The trace; `watched` is False when no example could be made or none of the passes succeeded.
@@ -70,7 +75,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> Trace:
     reason = ""
     for run in (_run_fake, _run_real):
         try:
-            return _watch(model, lambda run=run: run(model, example, device))  # type: ignore[misc]
+            return _watch(model, lambda run=run: run(model, example, device), extend, len(example))  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001  # third-party forward code may raise anything; try the next way
             reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
     return Trace(reason=reason)
@@ -146,8 +151,9 @@ class _Touch(TorchFunctionMode):
                 self._note(value)
 
 
-def _watch(model: nn.Module, run: Callable[[], Any]) -> Trace:
+def _watch(model: nn.Module, run: Callable[[], Any], extend: Collection[str], batch: int) -> Trace:
     seen = Trace(watched=True)
+    given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -157,7 +163,14 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> Trace:
 
         return hook
 
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given[name] = args, kwargs
+
+        return hook
+
     handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules()]
+    handles += [model.get_submodule(n).register_forward_pre_hook(keep(n), with_kwargs=True) for n in extend]
     touch = _Touch({id(p) for p in model.parameters()})
     try:
         with frozen_run(model), touch:
@@ -166,7 +179,34 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> Trace:
         for handle in handles:
             handle.remove()
     seen.touched = touch.touched
+    with frozen_run(model), _unlogged():
+        for name, (args, kwargs) in given.items():
+            if _takes_one_more(model.get_submodule(name), args, kwargs, batch):
+                seen.extended.add(name)
     return seen
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without torch's printed tracebacks of operations that fake tensors refuse: being refused is an answer here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _takes_one_more(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> bool:
+    """Whether a module that maps tokens (B, N, C) gives back (B, N + 1, C) for one token more."""
+    if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3 or len(args[0]) != batch:
+        return False
+    longer = torch.cat((args[0], args[0][:, -1:]), 1)
+    try:
+        y = module(longer, *args[1:], **kwargs)
+    except Exception:  # noqa: BLE001  # third-party forward code may raise anything at a length it was not made for
+        return False
+    return isinstance(y, Tensor) and y.shape == longer.shape
 
 
 def _run_fake(model: nn.Module, example: Tensor, device: torch.device) -> Any:

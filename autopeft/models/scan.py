@@ -24,7 +24,8 @@ def scan(model: nn.Module, example: Tensor | None = None) -> Catalog:
     projection is listed whole, then as its row slices; a tied weight once, under its first name; the classifier is
     left out and becomes the head. A site that the forward pass does not call, or whose parameter it does not use,
     has no slots: BEiT, EVA and SwinV2 use `attn.qkv.weight` without calling `attn.qkv`, so that nothing put on that
-    module would ever run.
+    module would ever run. A block has the slot `tokens` when it runs on one token more than it was given: not with a
+    relative position bias, rotary angles, windows or a mixing over positions.
 
     Args:
         model: the plain model, without adapters; may live on the meta device. It is left as it was found.
@@ -38,7 +39,8 @@ def scan(model: nn.Module, example: Tensor | None = None) -> Catalog:
         UsageError: when the model has no parameters besides its classifier.
     """
     head = head_paths(model)
-    return _Scanner(model, head, block_paths(model, head), trace(model, example)).catalog()
+    blocks = block_paths(model, head)
+    return _Scanner(model, head, blocks, trace(model, example, blocks)).catalog()
 
 
 class _Scanner:
@@ -93,7 +95,6 @@ class _Scanner:
         if layout is None or not self.seen.calls(name):
             return
         channels, axis = layout
-        takes_tokens = len(self.seen.outputs.get(name, ())) == 3
         self.sites.append(
             Site(
                 name=name,
@@ -103,7 +104,7 @@ class _Scanner:
                 has_bias=False,
                 depth=self._depth(name),
                 role="block",
-                slots=("output", "tokens") if takes_tokens else ("output",),
+                slots=("output", "tokens") if name in self.seen.extended else ("output",),
                 channel_axis=axis,
             )
         )

@@ -396,3 +396,27 @@ def test_model_that_runs_on_no_example_lists_everything() -> None:
 def test_nothing_but_a_classifier() -> None:
     with pytest.raises(UsageError, match="Linear has no parameters besides its classifier"):
         scan(nn.Linear(3, 2))
+
+
+SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "takes"),
+    [
+        ("deit3_small_patch16_224", {"img_size": 32, **SMALL}, [True, True]),
+        ("beit_base_patch16_224", {"img_size": 32, **SMALL}, [False, False]),
+        ("eva02_tiny_patch14_224", {"img_size": 28, **SMALL}, [False, False]),
+        ("resmlp_12_224", {"img_size": 32, "num_classes": 3}, [False] * 12),
+        ("cait_xxs24_224", {"img_size": 32, **SMALL}, [True, True, False, False]),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_blocks_with_a_fixed_number_of_tokens(
+    name: str, sizes: dict, takes: list[bool], device: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with torch.device(device):
+        model = timm.create_model(name, pretrained=False, **sizes)
+    catalog = scan(model)
+    assert ["tokens" in s.slots for s in catalog if s.kind == "block"] == takes
+    assert capfd.readouterr() == ("", "")
