@@ -133,7 +133,7 @@ class _Bank(BaseTerm):
             turn = kept["turn"] = rotation(frozen, trained)
         elif self._settings.between == "keep" and kept["turn"].numel():
             turn = kept["turn"]
-        length = features.norm(dim=1).mean().to(frozen.dtype)
+        length: Tensor = torch.linalg.vector_norm(features, dim=1).mean().to(frozen.dtype)
         prototypes = self._head.weight.to(frozen.dtype)
         return calibrated(trained, frozen, kept["labels"], prototypes, turn) * length
 
