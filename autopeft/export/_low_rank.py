@@ -79,7 +79,7 @@ def gather_factors(inserted: Inserted, adapters: Iterable[Adapter]) -> tuple[Fac
 def _why(inserted: Inserted, adapter: Adapter) -> str:
     if adapter.low_rank() is None:
         return "no low-rank change"
-    if adapter.form != "branch":
+    if adapter.form not in ("branch", "stand_in"):
         return "its host is not linear in its weight"
     if adapter.site.groups > 1:
         return "a convolution in groups"

@@ -18,7 +18,8 @@ from autopeft.export._base import BaseChoice, base_expression, includes_base, wr
 from autopeft.export._card import card, hub_id
 from autopeft.export._files import write_tensors
 from autopeft.export._low_rank import Factors, gather_factors, not_low_rank
-from autopeft.export._model import adapters_of, classifier_modules, not_timm, states_of, trained_statistics
+from autopeft.export._model import States, adapters_of, classifier_modules, not_timm, states_of, trained_statistics
+from autopeft.export._peft_types import not_one_type, typed_plan
 from autopeft.store.atomic import write_json, write_text
 
 __all__ = ["PeftExport"]
@@ -43,7 +44,8 @@ class PeftExport:
 
     LoRA is written as it is. Core is exactly a LoRA of its rank: A = V^T, B = U M. Options on slices of a fused
     projection become one LoRA on the whole, whose B is zero outside of the slices' rows. The ranks differ by layer;
-    `alpha_pattern` repeats them, so that every scale is 1.
+    `alpha_pattern` repeats them, so that every scale is 1. A plan of one other type of the method `peft` is written as
+    that type, with a pattern anchored to each layer where sizes differ.
 
     Attributes:
         trained: False writes the start of a production training: every B is zero, so the model is the base with the
@@ -62,11 +64,11 @@ class PeftExport:
             raise UsageError(f"base must be one of {', '.join(get_args(BaseChoice))}, got {self.base!r}")
 
     def supports(self, inserted: Inserted) -> str:
-        """Every option must be a low-rank change of a Linear or an ungrouped Conv2d, and there must be one."""
+        """Every option must be a low-rank change of a Linear or an ungrouped Conv2d, or all of one type of PEFT."""
         if not len(inserted.allocation):
             return "the plan has no adapters, only the classifier is trained; export it as timm"
-        if reason := not_low_rank(inserted):
-            return f"PEFT holds one kind of adapter, and these options cannot be written as LoRA: {reason}"
+        if (reason := not_low_rank(inserted)) and (other := self._not_one_type(inserted)):
+            return f"PEFT holds one kind of adapter, and these options cannot be written as LoRA: {reason}; {other}"
         if trained_statistics(inserted):
             return "the BatchNorm statistics were trained, which a PEFT adapter cannot hold"
         names = [name for name, _ in inserted.model.named_modules()]
@@ -85,18 +87,40 @@ class PeftExport:
         if reason := self.supports(inserted):
             raise ExportError(f"the plan cannot be exported as peft: {reason}")
         states = states_of(inserted)
+        if not_low_rank(inserted):
+            typed = typed_plan(inserted)
+            config = {**typed.config, **self._about(inserted, record), "inference_mode": True}
+            kind = str(config["peft_type"])
+            return self._write(kind, config, dict(typed.tensors), states, inserted, record, folder)
         layers = [self._shaped(factors) for factors in gather_factors(inserted, adapters_of(inserted).values())]
         if self.uniform_rank:
             layers = _padded(layers)
         tensors: dict[str, Tensor] = {}
         for layer in layers:
-            tensors[f"{_PREFIX}{layer.module}.lora_A.weight"] = layer.down.view(layer.rank, *layer.shape[1:])
+            tensors[f"{layer.module}.lora_A.weight"] = layer.down.view(layer.rank, *layer.shape[1:])
             kernel = (1,) * (len(layer.shape) - 2)
-            tensors[f"{_PREFIX}{layer.module}.lora_B.weight"] = layer.up.view(layer.shape[0], layer.rank, *kernel)
-        tensors |= {_PREFIX + name: states.merged[name] for name in states.classifier}
+            tensors[f"{layer.module}.lora_B.weight"] = layer.up.view(layer.shape[0], layer.rank, *kernel)
+        return self._write("LoRA", self._config(layers, inserted, record), tensors, states, inserted, record, folder)
 
-        paths = [folder / "adapter_config.json", write_tensors(folder / "adapter_model.safetensors", tensors)]
-        write_json(paths[0], self._config(layers, inserted, record))
+    def _not_one_type(self, inserted: Inserted) -> str:
+        if not self.trained or self.uniform_rank:
+            return "an untrained start and padded ranks exist for LoRA alone"
+        return not_one_type(inserted)
+
+    def _write(
+        self,
+        kind: str,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        states: States,
+        inserted: Inserted,
+        record: Record,
+        folder: Path,
+    ) -> tuple[Path, ...]:
+        tensors |= {name: states.merged[name] for name in states.classifier}
+        named = {_PREFIX + name: tensor for name, tensor in tensors.items()}
+        paths = [folder / "adapter_config.json", write_tensors(folder / "adapter_model.safetensors", named)]
+        write_json(paths[0], config)
         if includes_base(self.base, record):
             paths += write_base(inserted, states, record, folder / _BASE)
         load = _LOAD.format(
@@ -105,7 +129,7 @@ class PeftExport:
             mode=".eval()" if self.trained else "",
         )
         what = "adapter" if self.trained else "untrained start"
-        title = f"LoRA {what} for {record.model.get('architecture', 'a model')}, planned by autopeft"
+        title = f"{kind} {what} for {record.model.get('architecture', 'a model')}, planned by autopeft"
         paths.append(folder / "README.md")
         write_text(paths[-1], card(title, inserted, record, library="peft", sections=[("Load", load)], adapter=True))
         return tuple(paths)
@@ -121,12 +145,8 @@ class PeftExport:
         return {
             "peft_type": "LORA",
             "task_type": None,
-            "base_model_name_or_path": (_BASE if includes_base(self.base, record) else "") or _source(record),
+            **self._about(inserted, record),
             "revision": None,
-            "auto_mapping": {
-                "base_model_class": type(inserted.model).__name__,
-                "parent_library": type(inserted.model).__module__,
-            },
             "inference_mode": self.trained,
             "r": largest,
             "lora_alpha": largest,
@@ -139,6 +159,16 @@ class PeftExport:
             "target_modules": _targets([layer.module for layer in layers], inserted.model),
             "rank_pattern": {} if self.uniform_rank else ranks,
             "alpha_pattern": {} if self.uniform_rank else dict(ranks),
+        }
+
+    def _about(self, inserted: Inserted, record: Record) -> dict[str, Any]:
+        """What every configuration says of the base and of the classifier."""
+        return {
+            "base_model_name_or_path": (_BASE if includes_base(self.base, record) else "") or _source(record),
+            "auto_mapping": {
+                "base_model_class": type(inserted.model).__name__,
+                "parent_library": type(inserted.model).__module__,
+            },
             "modules_to_save": list(classifier_modules(inserted)),
         }
 
