@@ -17,6 +17,8 @@ __all__ = ["Quantiser", "bit_cost", "check_bits"]
 _SMALL = 1e-5
 """What the paper adds to the deviation before it divides by it."""
 
+_SCALES_BYTES = 8
+
 
 def check_bits(method: str, bits: int) -> None:
     """Whether codes have that many bits.
@@ -29,15 +31,15 @@ def check_bits(method: str, bits: int) -> None:
 
 
 def bit_cost(bits: int, counts: Sequence[int], entries: int) -> Cost:
-    """What `Quantiser.packed` writes: the codes of every matrix in whole bytes, and two 32-bit floats per matrix.
+    """What `Quantiser.packed` writes: per matrix two 32-bit floats and the codes in whole bytes.
 
     Args:
         bits: bits per code.
         counts: entries of each matrix.
         entries: entries of the model's tensors that the option changes.
     """
-    codes = sum(-(-bits * n // 8) for n in counts)
-    return Cost(sum(counts), codes + 2 * len(counts), 8 * codes + 64 * len(counts), entries, tensors=2)
+    written = sum(_SCALES_BYTES + -(-bits * n // 8) for n in counts)
+    return Cost(sum(counts), written, 8 * written, entries)
 
 
 class Quantiser(nn.Module):
@@ -88,15 +90,18 @@ class Quantiser(nn.Module):
         return value * deviation + mean
 
     def packed(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The matrices as the exported file holds them.
+        """The matrices as the exported file holds them: one tensor, since each adds to the file's header.
 
         Returns:
-            `codes`, uint8 of one dimension, each matrix beginning with a new byte, and `scales` (matrices, 2), mean and
-            deviation of each, float32.
+            `packed`, uint8 of one dimension: per matrix its mean and deviation as little-endian float32, then its codes
+            as `pack` writes them, rows first.
         """
-        found = [self._codes(name, matrix) for name, matrix in matrices.items()]
-        coded = [pack(codes.cpu().numpy().astype(np.uint8).reshape(-1), self.bits) for codes, _ in found]
-        return {"codes": torch.from_numpy(np.concatenate(coded)), "scales": torch.stack([s for _, s in found]).cpu()}
+        parts: list[bytes] = []
+        for name, matrix in matrices.items():
+            codes, scales = self._codes(name, matrix)
+            parts.append(scales.cpu().numpy().astype("<f4").tobytes())
+            parts.append(pack(codes.cpu().numpy().astype(np.uint8).reshape(-1), self.bits).tobytes())
+        return {"packed": torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)}
 
     def load(self, matrices: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Take up what `packed` gave for the same matrices.
@@ -105,16 +110,18 @@ class Quantiser(nn.Module):
             UsageError: for a missing, unknown or misshapen tensor.
         """
         lengths = [-(-self.bits * matrix.numel() // 8) for matrix in matrices.values()]
-        wanted = {"codes": (torch.uint8, (sum(lengths),)), "scales": (torch.float32, (len(matrices), 2))}
+        wanted = {"packed": (torch.uint8, (sum(lengths) + _SCALES_BYTES * len(lengths),))}
         given = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         if given != wanted:
             raise UsageError(
                 f"{self.bits}-bit codes of {', '.join(matrices)} are {_listed(wanted)}; the file has {_listed(given)}"
             )
-        coded = torch.split(tensors["codes"].cpu(), lengths)
-        for (name, matrix), part, row in zip(matrices.items(), coded, tensors["scales"], strict=True):
-            flat = unpack(part.numpy(), self.bits, matrix.numel()).astype(np.int64)
-            codes, scales = torch.from_numpy(flat).view(matrix.shape).to(matrix.device), row.clone().to(matrix.device)
+        left = tensors["packed"].cpu().numpy()
+        for (name, matrix), length in zip(matrices.items(), lengths, strict=True):
+            row, coded, left = np.split(left, [_SCALES_BYTES, _SCALES_BYTES + length])
+            scales = torch.from_numpy(np.frombuffer(row.tobytes(), "<f4").astype(np.float32)).to(matrix.device)
+            codes = torch.from_numpy(unpack(coded, self.bits, matrix.numel()).astype(np.int64))
+            codes = codes.view(matrix.shape).to(matrix.device)
             values = self.table[codes].double()
             spread = values.std(correction=0)
             stretch = torch.where(spread > 0, scales[1] / spread, 0.0)

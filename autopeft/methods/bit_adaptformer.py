@@ -131,7 +131,7 @@ class BitAdaptFormerModule(Adapter):
         return F.linear(hidden, up.to(hidden.dtype)).movedim(-1, self.site.channel_axis)
 
     def stored(self) -> dict[str, Tensor]:
-        """`codes` of `down` and then of `up`, and `scales` (2, 2); see `Quantiser.packed`."""
+        """`packed`: `down` and then `up`; see `Quantiser.packed`."""
         return self.quantiser.packed({"down": self.down, "up": self.up})
 
     def load_stored(self, tensors: Mapping[str, Tensor]) -> None:

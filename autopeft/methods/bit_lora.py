@@ -135,7 +135,7 @@ class BitLoRAAdapter(LowRankAdapter):
         return down.detach(), up.detach()
 
     def stored(self) -> dict[str, Tensor]:
-        """`codes` of A and then of B, and `scales` (2, 2); see `Quantiser.packed`."""
+        """`packed`: A and then B; see `Quantiser.packed`."""
         return self.quantiser.packed({"A": self.A, "B": self.B})
 
     def load_stored(self, tensors: Mapping[str, Tensor]) -> None:

@@ -103,7 +103,7 @@ def test_counts_on_a_vit_base() -> None:
     codes = 24 * 32 * (768 + 768)
     assert sum(c.trainable for c in costs) == codes == 1_179_648
     assert sum(c.bits for c in costs) == codes + 24 * 2 * 64
-    assert sum(c.tensors for c in costs) == 48
+    assert sum(c.tensors for c in costs) == 24
     # 32 times the rank in the space of one LoRA, but for the scales.
     lora = sum(LoRA().cost(site, 1).bits for site in sites)
     assert sum(c.bits for c in costs) == lora + 24 * 2 * 64
