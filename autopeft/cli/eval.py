@@ -23,7 +23,9 @@ class Which(StrEnum):
 
 
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="run folder, or a folder written by export --to timm")],
+    source: Annotated[
+        Path, typer.Argument(help="run folder, or one written by train, export --to timm or --to native")
+    ],
     data: o.Data = None,
     split: Annotated[Which, typer.Option(help="split of the data")] = Which.test,
     batch_size: o.BatchSize = None,
@@ -31,13 +33,12 @@ def evaluate(
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:
-    """Evaluate a merged model: accuracy with its interval, macro F1, calibration error, likelihood."""
-    from autopeft.cli.flags import read_study, study_flags
+    """Evaluate a trained model: accuracy with its interval, macro F1, calibration error, likelihood."""
+    from autopeft.cli.flags import study_flags
     from autopeft.pipeline.evaluation import evaluate_export
 
-    config = [source / "study.yaml"] if (source / "study.yaml").is_file() else None
-    study = read_study(config, study_flags(data=data, batch_size=batch_size, seed=seed, device=device), None)
-    found = evaluate_export(source, study, split.value)
+    settings = study_flags(data=data, batch_size=batch_size, seed=seed, device=device)
+    found = evaluate_export(source, settings, split.value)
     if json:
         print(json_module.dumps(found))
         return

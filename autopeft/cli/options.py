@@ -55,7 +55,11 @@ Data = Annotated[
 Task = Annotated[str | None, typer.Option(help="kind of task", show_default="classification")]
 Budget = Annotated[
     str | None,
-    typer.Option(help="0.1%, 86k, 1.2M, 500KB or like:lora-r8; the head is not counted", show_default="0.1%"),
+    typer.Option(
+        help="0.1%, 86k, 1.2M (trainable), 2000stored, 500KB (of the exported file), 2000entries or like:lora-r8; "
+        "the head is not counted",
+        show_default="0.1%",
+    ),
 ]
 Methods = Annotated[str | None, typer.Option(help="comma-separated methods to choose from", show_default="all")]
 Scorer = Annotated[str | None, typer.Option(help="how sensitivity is measured", show_default="fisher")]

@@ -11,11 +11,20 @@ from autopeft.errors import UsageError
 
 __all__ = ["Budget", "Cost", "Unit"]
 
-Unit = Literal["trainable", "entries", "bytes"]
-"""`trainable` parameters, `entries` changed in the weights, or `bytes` of the adapter file (KB = 1000 bytes)."""
+Unit = Literal["trainable", "entries", "stored", "bytes"]
+"""`trainable` parameters, `entries` changed in the weights, numbers `stored` in the exported adapter file (values,
+positions, scales, bytes of packed codes), or `bytes` that the plan adds to that file (KB = 1000 bytes)."""
 
-_HEADER_BYTES = 160
-"""Upper bound of what one stored tensor adds to the file's header beyond its name."""
+_HEADER_BYTES = 96
+"""Upper bound of what one tensor adds to the header of the exported file: 46 characters, a name of up to 7 (names are
+short there), type, shape and two positions of up to 36 in files below 100 MB, and up to 7 bytes of padding."""
+
+_NOUNS: dict[str, str] = {
+    "trainable": "trainable parameters",
+    "entries": "changed entries",
+    "stored": "stored numbers",
+    "bytes": "bytes",
+}
 
 _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([a-zA-Z%]*)\s*$")
 _SCALES: dict[str, tuple[int, Unit]] = {
@@ -26,6 +35,7 @@ _SCALES: dict[str, tuple[int, Unit]] = {
     "kb": (1_000, "bytes"),
     "mb": (1_000_000, "bytes"),
     "entries": (1, "entries"),
+    "stored": (1, "stored"),
 }
 
 
@@ -35,10 +45,10 @@ class Cost:
 
     Attributes:
         trainable: scalars that receive gradients.
-        stored: scalars that must be saved (values, indices, scales).
-        bits: size of the saved payload in bits.
+        stored: numbers that the exported file holds (values, positions, scales, bytes of packed codes).
+        bits: their size in bits.
         entries: entries of the model's tensors that the option changes.
-        tensors: number of saved tensors (each adds to the file's header).
+        tensors: number of tensors that hold them (each adds to the file's header).
     """
 
     trainable: int
@@ -78,6 +88,8 @@ class Cost:
             return self.trainable
         if unit == "entries":
             return self.entries
+        if unit == "stored":
+            return self.stored
         return -(-self.bits // 8) + _HEADER_BYTES * self.tensors
 
 
@@ -107,8 +119,7 @@ class Budget:
 
     def __str__(self) -> str:
         share = f" ({self.text})" if self.text and self.share_of else ""
-        noun = {"trainable": "trainable parameters", "entries": "changed entries", "bytes": "bytes"}[self.unit]
-        return f"{self.limit:,} {noun}{share}"
+        return f"{self.limit:,} {_NOUNS[self.unit]}{share}"
 
     @classmethod
     def share(cls, fraction: Fraction | float | str, of: int) -> Budget:
@@ -120,7 +131,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, n_base: int) -> Budget:
-        """Read `0.1%`, `86k`, `1.2M`, `1198`, `500KB` or `2000entries`.
+        """Read `0.1%`, `86k`, `1.2M`, `1198`, `500KB`, `2000entries` or `2000stored`.
 
         Args:
             text: the budget as a person writes it. A bare number counts trainable parameters.

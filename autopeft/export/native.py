@@ -9,7 +9,7 @@ from typing import Any
 from autopeft.core.codec import encode
 from autopeft.core.contracts import Inserted
 from autopeft.core.record import Record
-from autopeft.export._files import write_tensors
+from autopeft.export.native_file import full_names, write_native
 from autopeft.store.atomic import write_json
 
 __all__ = ["NativeExport"]
@@ -19,10 +19,11 @@ __all__ = ["NativeExport"]
 class NativeExport:
     """`adapter.safetensors` and `metadata.json`; together with the run's `plan.json` they rebuild the model.
 
-    Only autopeft loads it, so it is the one format that represents every plan.
+    The adapter's file holds what the methods store: packed codes where training keeps floats. Only autopeft loads it
+    (`autopeft eval FOLDER`), so it is the one format that represents every plan.
     """
 
-    SCHEMA = "autopeft.native/1"
+    SCHEMA = "autopeft.native/2"
 
     def supports(self, inserted: Inserted) -> str:
         """Every plan."""
@@ -31,13 +32,15 @@ class NativeExport:
     def export(self, inserted: Inserted, record: Record, folder: Path) -> tuple[Path, ...]:
         """Write the folder; the plan is written by whoever knows its settings."""
         allocation = inserted.allocation
-        header = {"format": "autopeft.adapter/1", "plan": allocation.digest}
-        adapter = write_tensors(folder / "adapter.safetensors", inserted.state(), header)
+        adapter = write_native(inserted, folder / "adapter.safetensors")
         metadata: dict[str, Any] = {
             "schema": self.SCHEMA,
             "plan": allocation.digest,
             "trainable": allocation.trainable,
             "spent": allocation.spent,
+            "stored": allocation.cost.stored,
+            "bytes": allocation.cost.of("bytes"),
+            "tensors": full_names(inserted),
             "model": encode(record.model),
             "data": encode(record.data),
             "budget": encode(record.budget),

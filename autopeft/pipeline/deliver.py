@@ -20,8 +20,8 @@ from autopeft.pipeline.facts import budget_facts, data_facts, model_facts
 from autopeft.pipeline.planfile import Plan, read_plan, write_plan
 from autopeft.pipeline.planning import as_plan
 from autopeft.pipeline.prepare import Prepared, prepare
+from autopeft.pipeline.restore import restore
 from autopeft.store.atomic import read_json
-from autopeft.training.checkpoint import load_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,14 +83,14 @@ def deliver(
     images = sample_images(prepared)
     trained = [kind for kind in kinds if kind not in _UNTRAINED]
     written: dict[str, Path] = {}
-    for group, state in ((trained, load_adapter(adapter)), ([k for k in kinds if k in _UNTRAINED], None)):
+    for group, file in ((trained, adapter), ([k for k in kinds if k in _UNTRAINED], None)):
         if not group:
             continue
         with prepared.study.backend.insert(
             prepared.model, prepared.catalog, plan.allocation, study.methods, seed=plan.seed, head=prepared.head
         ) as inserted:
-            if state is not None:
-                inserted.load_state(state)
+            if file is not None:
+                restore(inserted, file)
             found = _write(inserted, record, folder, group, required, emit)
             if "native" in found:
                 write_plan(as_plan(prepared, study, plan.allocation, plan.seed), found["native"] / "plan.json")

@@ -104,7 +104,7 @@ def _tiles(record: Record) -> list[_Tile]:
     limit = record.budget.get("limit")
     if spent is not None and limit:
         unit = str(record.budget.get("unit", "trainable"))
-        noun = {"trainable": "parameters", "entries": "changed entries", "bytes": "bytes"}.get(unit, unit)
+        noun = {"trainable": "parameters", "entries": "changed entries", "stored": "stored numbers"}.get(unit, unit)
         note = f"of {number(limit)} {noun}, {share_text(spent, limit)}"
         tiles.append(_Tile("budget spent", number(spent), note, min(1.0, spent / limit)))
     if record.trials:

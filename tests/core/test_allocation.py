@@ -26,10 +26,13 @@ def test_a_plan_over_its_budget_cannot_be_built() -> None:
 
 
 def test_the_limit_counts_in_its_own_unit() -> None:
-    options = (option("a", 60),)  # 240 bytes and a header of 160; 100 entries
-    assert Allocation(options, Budget(400, "bytes")).spent == 400
+    options = (option("a", 60),)  # 240 bytes and a header of 96; 100 entries
+    assert Allocation(options, Budget(336, "bytes")).spent == 336
     with pytest.raises(InfeasibleBudget):
-        Allocation(options, Budget(399, "bytes"))
+        Allocation(options, Budget(335, "bytes"))
+    assert Allocation(options, Budget(60, "stored")).spent == 60
+    with pytest.raises(InfeasibleBudget):
+        Allocation(options, Budget(59, "stored"))
     assert Allocation(options, Budget(100, "entries")).spent == 100
     with pytest.raises(InfeasibleBudget):
         Allocation(options, Budget(99, "entries"))

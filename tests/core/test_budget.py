@@ -39,6 +39,8 @@ def test_a_share_is_of_the_base_parameters_and_rounds_down(text: str, n_base: in
         ("12B", 12, "bytes"),
         ("2000entries", 2000, "entries"),
         ("2000 entries", 2000, "entries"),
+        ("500stored", 500, "stored"),
+        ("1.2 stored", 1, "stored"),
     ],
 )
 def test_absolute_budgets(text: str, limit: int, unit: str) -> None:
@@ -76,7 +78,7 @@ def test_a_limit_is_a_whole_number(limit: Any) -> None:
 
 
 def test_the_unit_is_checked() -> None:
-    with pytest.raises(UsageError, match="counted in trainable, entries, bytes"):
+    with pytest.raises(UsageError, match="counted in trainable, entries, stored, bytes"):
         Budget(5, "bits")  # type: ignore[arg-type]
 
 
@@ -90,6 +92,7 @@ def test_what_a_person_reads() -> None:
     assert str(Budget.share(Fraction(1, 1000), 85_798_656)) == "85,798 trainable parameters (0.1%)"
     assert str(Budget.parse("500KB", 1)) == "500,000 bytes"
     assert str(Budget.parse("20entries", 1)) == "20 changed entries"
+    assert str(Budget.parse("2000stored", 1)) == "2,000 stored numbers"
 
 
 @given(st.integers(1, 10**12), st.integers(1, 10**6))
@@ -103,7 +106,8 @@ def test_units_pick_their_component() -> None:
     cost = Cost(trainable=3, stored=5, bits=33, entries=12, tensors=2)
     assert cost.of("trainable") == 3
     assert cost.of("entries") == 12
-    assert cost.of("bytes") == 5 + 2 * 160  # 33 bits are 5 bytes, and two tensors have a header each
+    assert cost.of("stored") == 5
+    assert cost.of("bytes") == 5 + 2 * 96  # 33 bits are 5 bytes, and two tensors have a header each
 
 
 def test_costs_add_component_by_component() -> None:
