@@ -12,6 +12,7 @@ from autopeft.config import _yaml
 from autopeft.config._guess import known_names
 from autopeft.config._part import explain, fields_of, validate
 from autopeft.config.plugin import Plugin, PluginTable
+from autopeft.config.registries import ROOMS
 from autopeft.config.study import Study
 from autopeft.errors import UnknownKey, UsageError
 
@@ -27,7 +28,8 @@ def override(study: Study, values: Mapping[str, Any]) -> Study:
         study: stays as it is.
         values: dotted path to plain value, such as `{"methods.lora.alpha": 8, "train.lr.core": 1e-2}`. A path may end
             at a whole part (`methods`, `scorer`), which is then replaced, before settings inside it are changed.
-            Multipliers of `gain.methods`, `gain.roles` and arguments of `model.kwargs` may be new.
+            Multipliers of `gain.methods`, `gain.roles` and arguments of `model.kwargs` may be new, and so may
+            regularisers.
 
     Raises:
         UnknownKey: for a path that leads nowhere, with a guess.
@@ -105,13 +107,29 @@ def _changed_items(current: Mapping[str, Any], hint: Any, node: _Node, where: st
     items = dict(current)
     for key, child in node.children.items():
         if table and key not in items:
-            raise UnknownKey(f"{where} has no key {key!r}. {known_names(key, items)}")
+            items.update(_added(table, hint, key, child, items, where))
         if table and child.value is not _UNSET:
             # A table knows what a name stands for; a single plug-in does not.
             items[key] = _decoded(hint, {key: child.value}, where)[key]
             child = _Node(_UNSET, child.children)
         items[key] = _changed(items.get(key, {}), inner, child, f"{where}.{key}")
     return items
+
+
+def _added(
+    table: PluginTable, hint: Any, key: str, node: _Node, items: Mapping[str, Any], where: str
+) -> Mapping[str, Any]:
+    """The plug-in that is put into a table because something of it is set; the setting itself is left to the caller."""
+    if not table.grows:
+        raise UnknownKey(f"{where} has no key {key!r}. {known_names(key, items)}")
+    if node.value is not _UNSET:
+        return {}
+    known = ROOMS[table.room]
+    settings = {"type": node.children.pop("type").value} if "type" in node.children else None
+    if settings is None and key not in known:
+        raise UnknownKey(f"{where} has no key {key!r}. {known_names(key, dict.fromkeys((*items, *known)))}")
+    added: Mapping[str, Any] = _decoded(hint, {key: settings}, where)
+    return added
 
 
 def _decoded(hint: Any, value: Any, where: str) -> Any:

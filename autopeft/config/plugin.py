@@ -66,10 +66,12 @@ class PluginTable:
     Attributes:
         room: the room whose registry knows the types.
         presets: names that stand for a type with settings.
+        grows: whether setting something of a plug-in that is not in the table puts it there.
     """
 
     room: str
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    grows: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """As `Plugin`'s."""

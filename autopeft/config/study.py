@@ -157,7 +157,8 @@ class Study:
         gain: corrections to the predicted gains; most knobs lie here.
         backend: how adapters are inserted.
         train: the inner loop.
-        regularisers: name to what shapes training besides the task's loss; none by default.
+        regularisers: name to what shapes training besides the task's loss; none by default. Setting something of one,
+            `regularisers.distillation.weight=0.5`, is enough to add it.
         reward: what is maximised.
         search: the outer loop.
         head_warmup: whether a ridge probe sets the head first, one head for all arms; off is SPT as released.
@@ -186,7 +187,9 @@ class Study:
     gain: GainPolicy = field(default_factory=GainPolicy)
     backend: Annotated[Backend, Plugin("backends")] = field(default_factory=lambda: _builtin("backends", "native"))
     train: TrainSettings = field(default_factory=TrainSettings)
-    regularisers: Annotated[Mapping[str, Regulariser], PluginTable("regularisers")] = field(default_factory=dict)
+    regularisers: Annotated[Mapping[str, Regulariser], PluginTable("regularisers", grows=True)] = field(
+        default_factory=dict
+    )
     reward: Annotated[Reward, Plugin("rewards")] = field(default_factory=lambda: _builtin("rewards", "metric"))
     search: SearchSettings = field(default_factory=SearchSettings)
     head_warmup: bool = True

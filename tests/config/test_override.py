@@ -7,9 +7,11 @@ import pytest
 
 from autopeft.config.override import override, parse_assignments
 from autopeft.config.study import Study
-from autopeft.errors import UnknownKey, UsageError
+from autopeft.errors import UnknownKey, UnknownPlugin, UsageError
 from autopeft.methods.core import Core
 from autopeft.methods.lora import LoRA
+from autopeft.regularisers.distillation import Distillation
+from autopeft.regularisers.l2_start import L2Start
 from autopeft.scoring.fisher import Fisher
 from autopeft.scoring.gradient import Gradient
 from autopeft.scoring.magnitude import Magnitude
@@ -121,3 +123,35 @@ def test_what_is_no_assignment(text: str) -> None:
 def test_a_value_that_is_no_yaml_is_named() -> None:
     with pytest.raises(UsageError, match=r"the value of train\.betas, line 1"):
         parse_assignments(["train.betas=[1,"])
+
+
+def test_setting_something_of_a_regulariser_adds_it(default: Study) -> None:
+    assert default.regularisers == {}
+    study = override(default, parse_assignments(["regularisers.distillation.weight=0.5"]))
+    assert study.regularisers == {"distillation": Distillation(0.5)}
+    more = override(study, {"regularisers.l2_start.pull": "sign", "regularisers.distillation.temperature": 4})
+    assert more.regularisers == {"distillation": Distillation(0.5, 4.0), "l2_start": L2Start(pull="sign")}
+    named = override(default, {"regularisers.soft.type": "l2_start", "regularisers.soft.weight": 2})
+    assert named.regularisers == {"soft": L2Start(2.0)}
+    assert override(default, {"regularisers.l2_start": {"weight": 3}}).regularisers == {"l2_start": L2Start(3.0)}
+    assert override(default, {"regularisers.l2_start": None}).regularisers == {"l2_start": L2Start()}
+    assert override(default, {"regularisers": ["l2_start"]}).regularisers == {"l2_start": L2Start()}
+    assert override(more, {"regularisers": []}).regularisers == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "kind", "message"),
+    [
+        ("regularisers.distilation.weight", 1, UnknownKey, "has no key 'distilation'. Did you mean 'distillation'?"),
+        ("regularisers.distilation", None, UnknownPlugin, "Did you mean 'distillation'?"),
+        ("regularisers.distillation.wieght", 1, UnknownKey, "has no key 'wieght'. Did you mean 'weight'?"),
+        ("regularisers.distillation.weight", "much", UsageError, "study.regularisers.distillation.weight: expected a"),
+        ("regularisers.distillation.weight", -1, UsageError, "distillation: weight must be a number of at least 0"),
+        ("regularisers.x.type", "l3_start", UnknownPlugin, "Did you mean 'l2_start'?"),
+        ("regularisers.x.pull", "sign", UnknownKey, "Known: consistency, distillation, dr_tune"),
+    ],
+)
+def test_a_regulariser_that_is_misspelt(default: Study, path: str, value: Any, kind: type, message: str) -> None:
+    with pytest.raises(kind) as caught:
+        override(default, {path: value})
+    assert message in str(caught.value)
