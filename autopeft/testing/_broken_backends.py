@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from autopeft.backends.native import Native
@@ -171,6 +172,18 @@ class _Unmerged(_Wrapped):
         return cast(Inserted, _Proxy(inner, merged_state=merged_state))
 
 
+class _TeachesItself(_Wrapped):
+    """Gives the model as it is now for a teacher."""
+
+    def inserted(self, inner: Inserted, catalog: Catalog) -> Inserted:
+        @contextmanager
+        def plain() -> Iterator[nn.Module]:
+            with torch.no_grad():
+                yield inner.model
+
+        return cast(Inserted, _Proxy(inner, plain=plain))
+
+
 BROKEN: dict[str, Callable[[], Backend]] = {
     "test_exit_restores_everything": _LeavesFlags,
     "test_exception_restores_everything": _LeaksOnError,
@@ -181,5 +194,6 @@ BROKEN: dict[str, Callable[[], Backend]] = {
     "test_state_round_trip": _Forgiving,
     "test_head_is_a_trainable_copy": _IgnoresHead,
     "test_merged_state_is_the_plain_model": _Unmerged,
+    "test_plain_is_the_model_before_training": _TeachesItself,
 }
 """Law to a backend that breaks it and no other."""

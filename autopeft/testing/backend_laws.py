@@ -273,6 +273,34 @@ class BackendLaws:
             gap = float((functional_call(model, state, (x,)) - output).detach().abs().max())
             assert gap <= 1e-5, f"{plan.name}: merged and unmerged outputs differ by {gap:.2e}"
 
+    def test_plain_is_the_model_before_training(self) -> None:
+        """Inside of `plain` outputs are those of the plain model with the starting head; after it nothing is new."""
+        for plan in self.each_plan():
+            model, x = plan.model(), images(torch.float32)
+            heads = [model.get_submodule(path) for path in plan.ground.catalog.head]
+            given = {
+                f"{path}.{name}": tensor + 1
+                for path, head in zip(plan.ground.catalog.head, heads, strict=True)
+                for name, tensor in head.state_dict().items()
+            }
+            with torch.no_grad():
+                before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                own, other = model(x), functional_call(model, {**before, **given}, (x,))
+            for start, wanted in ((None, own), (given, other)):
+                with self.insert(plan, model, head=start) as inserted:
+                    inserted.train_mode()
+                    _train(inserted)
+                    _disturb(inserted)
+                    adapted, found = inserted.model(x).detach(), facts(inserted.model)
+                    with inserted.plain() as teacher:
+                        output = teacher(x)
+                    gap = float((output.detach() - wanted).abs().max())
+                    assert gap <= 1e-6, f"{plan.name}: the plain model's output differs by {gap:.2e}"
+                    assert not output.requires_grad, f"{plan.name}: the plain model makes a graph"
+                    left = differences(found, facts(inserted.model))
+                    assert not left, f"{plan.name}: after `plain` the model has other {', '.join(left[:5])}"
+                    assert torch.equal(inserted.model(x), adapted), f"{plan.name}: after `plain` the output is another"
+
     def insert(
         self, plan: Plan, model: nn.Module | None = None, seed: int = 0, head: Mapping[str, Tensor] | None = None
     ) -> AbstractContextManager[Inserted]:
