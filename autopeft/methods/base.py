@@ -14,9 +14,9 @@ from autopeft.errors import UsageError
 __all__ = ["Adapter", "Form", "Part", "Shared"]
 
 Form = Literal["swap", "stand_in", "input", "branch", "output", "wrap"]
-"""How a backend runs an adapter: `swap` runs the host with changed tensors, `stand_in` runs in the host's place, `input`
-maps the host's input, `branch` adds to the host's output, `output` maps the host's output, `wrap` runs the host
-itself."""
+"""How a backend runs an adapter: `swap` runs the host with changed tensors, `stand_in` runs in the host's place,
+`input` maps the host's input, `branch` adds to the host's output, `output` maps the host's output, `wrap` runs the
+host itself."""
 
 
 class Part(nn.Module):
@@ -24,6 +24,10 @@ class Part(nn.Module):
 
     moving: ClassVar[frozenset[str]] = frozenset()
     """Names of persistent buffers that training changes, as they appear in the state dict."""
+
+    patience: int = 2
+    """Training steps within which every parameter has had a gradient that is not zero; more where a step trains a
+    random part of them."""
 
     obstacle: str
 
