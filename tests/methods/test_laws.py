@@ -19,7 +19,7 @@ for key, target in BUILTIN.items():
     module, _, name = target.partition(":")
     METHODS[key] = getattr(importlib.import_module(module), name)()
 
-_NEAR = frozenset({"bit_adaptformer", "bit_lora"})
+_NEAR = frozenset({"bit_adaptformer", "bit_lora", "vpt", "vpt_shallow"})
 """Methods that document another start than the pre-trained model itself."""
 
 
