@@ -30,12 +30,13 @@ from autopeft.training._terms import Terms
 from autopeft.training.loop import fit
 from autopeft.training.settings import TrainSettings
 
-__all__ = ["BROKEN", "Choices", "RegulariserLaws"]
+__all__ = ["BROKEN", "METHODS", "Choices", "RegulariserLaws", "borrowed"]
 
 Choices = tuple[tuple[str, str], ...]
 """What a plan puts where: names of sites, and of methods (`lora`, `bias`, `ssf`)."""
 
-_METHODS: Mapping[str, Method] = {"lora": LoRA(), "bias": Bias(), "ssf": SSF()}
+METHODS: Mapping[str, Method] = {"lora": LoRA(), "bias": Bias(), "ssf": SSF()}
+"""The methods that plans of the laws may use."""
 
 _SEED = 5
 
@@ -88,7 +89,7 @@ class RegulariserLaws:
 
     def test_model_mode_and_flags_are_left_alone(self) -> None:
         """A term leaves everything in the model as it was; adjusting touches no more than gradients."""
-        with _inserted(self.choices) as inserted:
+        with borrowed(self.choices) as inserted:
             terms, batches = self._begin(inserted), _batches()
             for mode in (True, False):
                 inserted.train_mode(mode)
@@ -115,7 +116,7 @@ class RegulariserLaws:
 
     def test_a_restored_term_goes_on_alike(self) -> None:
         """A term that takes up another's state in the middle gives what that one gives from there on."""
-        with _inserted(self.choices) as inserted:
+        with borrowed(self.choices) as inserted:
             inserted.train_mode()
             terms = self._begin(inserted)
             self._walk(inserted, terms, range(3))
@@ -140,11 +141,11 @@ class RegulariserLaws:
             raise AssertionError(f"the head alone cannot be trained with it: {error!r}") from error
 
     def _trained(self, regularisers: Mapping[str, Regulariser]) -> dict[str, Tensor]:
-        with _inserted(self.choices) as inserted:
+        with borrowed(self.choices) as inserted:
             settings = TrainSettings(epochs=2)
             task = ToyTask(n_inner=16)
             done = fit(
-                inserted, task, settings, methods=_METHODS, seed=_SEED, device="cpu", watch=None,
+                inserted, task, settings, methods=METHODS, seed=_SEED, device="cpu", watch=None,
                 regularisers=regularisers,
             )  # fmt: skip
             return {**inserted.state(), "losses": torch.tensor(done.losses, dtype=torch.float64)}
@@ -154,7 +155,7 @@ class RegulariserLaws:
 
     def _steps(self, count: int, choices: Choices | None = None) -> list[tuple[str, Tensor]]:
         """What the first training steps are made of."""
-        with _inserted(self.choices if choices is None else choices) as inserted:
+        with borrowed(self.choices if choices is None else choices) as inserted:
             inserted.train_mode()
             return self._walk(inserted, self._begin(inserted), range(count))
 
@@ -196,7 +197,7 @@ def _batches() -> list[Any]:
 
 
 @contextmanager
-def _inserted(choices: Choices) -> Iterator[Inserted]:
+def borrowed(choices: Choices) -> Iterator[Inserted]:
     """A small transformer with a plan in it, dropout of the base on in training mode; the random state is put back."""
     model, catalog = tiny_vit(), _catalog()
     for module in model.modules():
@@ -204,14 +205,14 @@ def _inserted(choices: Choices) -> Iterator[Inserted]:
             module.p = 0.2
     options = []
     for name, key in choices:
-        site, method = catalog[name], _METHODS[key]
+        site, method = catalog[name], METHODS[key]
         size = method.sizes(site)[0]
         places = tuple(sorted(catalog.places(site, method.slots(site))))
         options.append(Option(name, key, size, method.cost(site, size), 0.0, places))
     plan = Allocation(tuple(options), Budget(10**9))
     with (
         torch.random.fork_rng(devices=[]),
-        Native(base_dropout=True).insert(model, catalog, plan, _METHODS, _SEED) as inserted,
+        Native(base_dropout=True).insert(model, catalog, plan, METHODS, _SEED) as inserted,
     ):
         torch.manual_seed(_SEED)
         yield inserted
