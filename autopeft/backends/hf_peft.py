@@ -111,7 +111,8 @@ class HfPeftBackend(Native):
         for option in allocation:
             if isinstance(methods.get(option.method), HfPeft):
                 site = catalog[option.site]
-                taken |= {member.module for member in (site.members or (site,))}
+                weights = {place.site for place in option.places if place.slot == "weight"}
+                taken |= {member.module for member in (site.members or (site,)) if member.name in weights}
         for option in sorted(allocation, key=lambda o: [place.slot == "output" for place in o.places]):
             method, site = methods.get(option.method), catalog[option.site]
             host = modules.get(site.module)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+import io
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -181,8 +183,9 @@ def wrap(
     shell = nn.Module()
     for key, host in zip(names, hosts, strict=True):
         shell.add_module(key, host)
-    # PEFT warns of what is meant here, such as targets without a transformers configuration.
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    # PEFT warns of what is meant here, such as shapes that a size divides, and prints how it compiles BOFT's kernel.
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with warnings.catch_warnings(), quiet, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:

@@ -15,7 +15,7 @@ from autopeft.errors import UsageError
 from autopeft.methods._host import host_tensor
 from autopeft.methods._peft_layer import ADAPTER, nested_settings, obstacle_of, stand_in, start_of, wrap
 from autopeft.methods._peft_tuner import Tuner
-from autopeft.methods.base import Adapter, Shared
+from autopeft.methods.base import Adapter, Form, Shared
 
 __all__ = ["PeftAdapter", "PeftShared"]
 
@@ -24,7 +24,7 @@ _RESIDUE = 1e-3
 
 
 class PeftAdapter(Adapter):
-    """Runs PEFT's own layer in the place of its host.
+    """Runs PEFT's own layer in the place of its host, or behind it where the layer maps the output alone.
 
     The layer's base layer is a stand-in that reads the host's tensors when it runs, so that nothing of the model is
     replaced or renamed, and initialisations that move a part of the weight into the adapter (PiSSA, OLoRA, LoRA-GA)
@@ -45,7 +45,8 @@ class PeftAdapter(Adapter):
     def __init__(
         self, site: Site, slots: tuple[Slot, ...], name: str, tuner: Tuner, settings: Mapping[str, Any], seed: int
     ) -> None:
-        super().__init__(site, slots, "stand_in", "" if tuner.merges else f"PEFT cannot merge {name}")
+        form: Form = "stand_in" if "weight" in slots else "output"
+        super().__init__(site, slots, form, "" if tuner.merges else f"PEFT cannot merge {name}")
         self.tuner = name
         self.settings = dict(settings)
         self.seed = seed
@@ -139,6 +140,16 @@ class PeftAdapter(Adapter):
         if self._start:
             held["weight"] = self._rest(host_tensor(self.site, host, "weight"))
         return self.layer(*args)
+
+    def transform(self, y: Tensor) -> Tensor:
+        """PEFT's forward with `y` as what its base layer gives, for types that look at nothing else."""
+        base = vars(self.layer.base_layer)
+        base["forward"] = lambda x: y
+        try:
+            mapped: Tensor = self.layer(y)
+        finally:
+            del base["forward"]
+        return mapped
 
     def _rest(self, weight: Tensor) -> Tensor:
         """The weight without what the adapter starts from, computed again when either has changed."""

@@ -175,18 +175,35 @@ def test_native_methods_compose_around_a_layer_of_peft() -> None:
     assert gap(functional_call(model, merged, (X,)), adapted) <= 1e-5
 
 
-def test_two_layers_of_peft_on_one_host_are_refused() -> None:
-    methods = {"lora": HfPeft("lora"), "ia3": HfPeft("ia3")}
+@pytest.mark.parametrize("backend", [HfPeftBackend(), Native()])
+def test_types_of_peft_on_different_slots_of_one_host_compose(backend: Backend) -> None:
+    methods = {
+        "dora": HfPeft("dora"),
+        "ia3": HfPeft("ia3"),
+        "beft": HfPeft("beft"),
+        "road": HfPeft("road"),
+        "lora": LoRA(),
+    }
     model = tiny_vit()
     catalog = scan(model)
-    plan = plan_of(catalog, methods, (FC1, "lora", 2), (FC1, "ia3", 1))
-    before = facts(model)
-    with (
-        pytest.raises(UsageError, match=r"only one of PEFT's layers can"),
-        HfPeftBackend().insert(model, catalog, plan, methods),
-    ):
-        pass
+    fc2 = "blocks.0.mlp.fc2"
+    plan = plan_of(
+        catalog,
+        methods,
+        (FC1, "dora", 2),
+        (FC1, "ia3", 1),
+        (FC1, "beft", 1),
+        (fc2, "lora", 2),
+        (fc2, "road", 2),
+    )
+    before, logits = facts(model), model(X)
+    with backend.insert(model, catalog, plan, methods) as inserted:
+        assert gap(inserted.model(X), logits) <= 1e-6
+        disturb(inserted)
+        adapted, merged = inserted.model(X), inserted.merged_state()
     assert not differences(before, facts(model))
+    assert gap(functional_call(model, merged, (X,)), adapted) <= 1e-5
+    assert gap(adapted, logits) > 1e-3
 
 
 def test_an_exception_leaves_the_weights_of_a_changed_base_alone() -> None:

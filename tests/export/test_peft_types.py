@@ -26,7 +26,9 @@ from autopeft.testing._export_ground import ExportGround, small_vit
 
 # torch warns once when a sparse tensor is made without saying whether to check it, as SHiRA does.
 # PEFT tries to compile BOFT's kernel whether there is a device or not.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:Failed to load the CUDA extension")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks", "ignore:Failed to load the CUDA", "ignore:Setting boft_n"
+)
 
 REPRESENTATIVE = ("dora", "fourierft", "hira", "ia3", "ln_tuning", "lokr", "lora_ga", "pissa", "shira")
 NOT_EXPORTED = {"frod", "lily", "pvera", "randlora", "tinylora", "unilora", "vblora", "vera"}
