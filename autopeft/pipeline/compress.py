@@ -27,10 +27,10 @@ from autopeft.pipeline.events import Emit, Event, silent
 from autopeft.pipeline.facts import environment_facts
 from autopeft.pipeline.planfile import Plan, read_plan, write_plan
 from autopeft.pipeline.prepare import Prepared, prepare
+from autopeft.pipeline.restore import restore
 from autopeft.pipeline.shrink import Shrinker, Shrunk
 from autopeft.store.atomic import read_json, write_json
 from autopeft.store.paths import RunFolder
-from autopeft.training.checkpoint import load_adapter
 from autopeft.training.threads import thread_count
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _staged(
             prepared.model, prepared.catalog, plan.allocation, study.methods, seed=plan.seed, head=prepared.head
         ) as inserted,
     ):
-        inserted.load_state(load_adapter(adapter))
+        restore(inserted, adapter)
         adapter_bytes = shrinker.size_of(inserted.stored())
         change, reason = _change(inserted) if settings.of == "change" else (None, "")
         found = shrinker.change(change) if change is not None else shrinker.tensors(inserted, reason)
