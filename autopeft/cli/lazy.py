@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "eval": (
         "autopeft.cli.eval:evaluate",
-        "Evaluate a merged model: accuracy with its interval, macro F1, calibration error, likelihood.",
+        "Evaluate a trained model: accuracy with its interval, macro F1, calibration error, likelihood.",
     ),
     "export": (
         "autopeft.cli.export:export",
