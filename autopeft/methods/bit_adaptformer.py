@@ -70,7 +70,7 @@ class BitAdaptFormer:
         return powers_of_two(site.out_features) if offered else ()
 
     def cost(self, site: Site, size: int) -> Cost:
-        """`2 C h` trained; stored are `bits` per entry, and a mean and deviation per matrix.
+        """`2 C h`, stored in `bits` bits each and 64 bits per matrix.
 
         Added parameters count as entries, since no tensor of the model can hold them.
         """

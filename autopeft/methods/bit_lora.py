@@ -69,9 +69,9 @@ class BitLoRA:
         return powers_of_two((site.n_weight - 1) // (site.in_features + site.out_features))
 
     def cost(self, site: Site, size: int) -> Cost:
-        """`r (in_features + out_features)` trained; stored are `bits` per entry, and a mean and deviation per factor.
+        """`r (in_features + out_features)`, stored in `bits` bits each and 64 bits per factor.
 
-        It changes every entry of the weight.
+        Changes every entry of the weight.
         """
         r = check_size("bit_lora", site, size, self.sizes(site))
         return bit_cost(self.bits, (r * site.in_features, r * site.out_features), site.n_weight)
