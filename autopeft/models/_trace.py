@@ -72,6 +72,8 @@ def trace(model: nn.Module, example: Tensor | None = None, extend: Collection[st
             return Trace(reason="the model does not say which images it takes")
     real = first_parameter(model)
     device = real.device if real is not None else torch.device("cpu")
+    if real is not None and real.is_floating_point():
+        example = example.to(real.dtype)
     reason = ""
     for run in (_run_fake, _run_real):
         try:

@@ -420,3 +420,8 @@ def test_blocks_with_a_fixed_number_of_tokens(
     catalog = scan(model)
     assert ["tokens" in s.slots for s in catalog if s.kind == "block"] == takes
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precision_changes_nothing(dtype: torch.dtype) -> None:
+    assert scan(tiny_vit().to(dtype)) == scan(tiny_vit())
