@@ -34,7 +34,7 @@ class EarthAdapter:
     Hu et al., 2025, arXiv 2504.06220, section 3. `A_i(x) = U_i relu(D_i x + d_i) + u_i`; low F keeps the frequencies of
     the map of patches up to `rho min(H, W) / 2` on both axes, high F is the rest; the weights w are the softmax of a
     Linear router on each patch of F. Blocks outside of `fft_layers` have `F + alpha A_1(F)` alone. It cannot be merged.
-    Sizes are bottleneck widths h. Class and register tokens pass unchanged.
+    Sizes are bottleneck widths h.
 
     The released code keeps the frequencies from -k to k - 1, so that its low part is not quite real and loses its
     imaginary part; here both ends are kept, and low and high parts add up to F.
@@ -47,6 +47,9 @@ class EarthAdapter:
         rho: share of the frequencies that are low, in (0, 1]; 0.3 or 0.2 in the paper.
         fft_layers: depths of the blocks that have the mixture; null means all.
         alpha: where the trained factor alpha starts.
+        others: what happens to class and register tokens. `unchanged` leaves them alone, as the paper does for
+            segmentation; behind the last block of a classifier that reads the class token alone, nothing would be
+            trained then. `adapted` takes each for a map of one patch, whose only frequency is the lowest.
         start: `zero` sets every U to zero, so that training starts at the pre-trained model; `random` draws D and U
             alike, as the released code does, with alpha as the only damper.
         prefix: tokens in front of the patches; null infers their number.
@@ -55,6 +58,7 @@ class EarthAdapter:
     rho: float = 0.3
     fft_layers: tuple[int, ...] | None = None
     alpha: float = 0.1
+    others: Literal["adapted", "unchanged"] = "adapted"
     start: Literal["zero", "random"] = "zero"
     prefix: int | None = None
 
@@ -149,12 +153,17 @@ class EarthAdapterModule(Adapter):
             self.router_bias = new_parameter(host, torch.zeros(experts))
         self.rho = method.rho
         self.prefix = method.prefix
+        self.adapts_others = method.others == "adapted"
 
     def transform(self, y: Tensor) -> Tensor:
         """The output with the adapters' contribution on its patches."""
         last = y.movedim(self.site.channel_axis, -1)
-        change = on_patches(self.site, last, self.prefix, self._mixture)
+        change = on_patches(self.site, last, self.prefix, self._mixture, self._alone if self.adapts_others else None)
         return y + (self.alpha * change).to(y.dtype).movedim(-1, self.site.channel_axis)
+
+    def _alone(self, tokens: Tensor) -> Tensor:
+        """The change of tokens (B, M, C) that are no patches."""
+        return self._mixture(tokens.reshape(-1, 1, 1, tokens.shape[-1])).view(tokens.shape)
 
     def _mixture(self, maps: Tensor) -> Tensor:
         """The change of a map (B, H, W, C), without alpha."""
