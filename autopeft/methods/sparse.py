@@ -106,7 +106,15 @@ class Sparse:
 
 
 class SparseAdapter(Adapter):
-    """`values` (n,), and `index` (n,): their flat positions in the site's tensor, int32, saved but not trained."""
+    """`values` (n,), and `index` (n,): their flat positions in the site's tensor, int32, saved but not trained.
+
+    Args:
+        site: where.
+        host: the module.
+        slot: which tensor.
+        index: the positions, increasing.
+        saved: whether the positions are saved; not needed where they can be found again from the host.
+    """
 
     index: Tensor
     row_of: Tensor
@@ -114,13 +122,13 @@ class SparseAdapter(Adapter):
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, site: Site, host: nn.Module, slot: SparseSlot, index: Tensor) -> None:
+    def __init__(self, site: Site, host: nn.Module, slot: SparseSlot, index: Tensor, saved: bool = True) -> None:
         conv = host if isinstance(host, nn.Conv2d) else None
         plain = is_plain(host) and not (slot == "weight" and conv is not None and isinstance(conv.padding, str))
         super().__init__(site, (slot,), "branch" if plain else "swap")
         self.values = new_parameter(host, torch.zeros(len(index)))
         device = self.values.device
-        self.register_buffer("index", index.to(device, torch.int32))
+        self.register_buffer("index", index.to(device, torch.int32), persistent=saved)
         self._shape = (site.out_features,) if slot == "bias" else site.shape
         self._pointwise = site.kind == "linear"
         if conv is not None:
@@ -138,10 +146,10 @@ class SparseAdapter(Adapter):
         if self.slots == ("bias",):
             return along(self._dense(), x.ndim, axis)
         if not self._pointwise:
-            conv: Tensor = SparseConv.apply(x, self.values, self.index.long(), self._shape, *self._geometry)
+            conv: Tensor = SparseConv.apply(x, self.entries(), self.index.long(), self._shape, *self._geometry)
             return conv
         last = x.movedim(axis, -1)
-        touched = SparseLinear.apply(last, self.values, self.row_of, self.col_of, len(self.rows), self.columns)
+        touched = SparseLinear.apply(last, self.entries(), self.row_of, self.col_of, len(self.rows), self.columns)
         full = touched.new_zeros(*touched.shape[:-1], self.site.out_features).index_copy(-1, self.rows, touched)
         added: Tensor = full.movedim(-1, axis)
         return added
@@ -150,6 +158,10 @@ class SparseAdapter(Adapter):
         """The dense tensor that is zero but for the values."""
         return {self.slots[0]: self._dense()}
 
+    def entries(self) -> Tensor:
+        """The values as they act, (n,)."""
+        return self.values
+
     def _dense(self) -> Tensor:
         flat = self.values.new_zeros(torch.Size(self._shape).numel())
-        return flat.index_put((self.index.long(),), self.values).view(self._shape)
+        return flat.index_put((self.index.long(),), self.entries()).view(self._shape)
