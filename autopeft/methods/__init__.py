@@ -26,6 +26,7 @@ BUILTIN = {
     "ramt": "autopeft.methods.ramt:RAMT",
     "repadapter": "autopeft.methods.repadapter:RepAdapter",
     "s2ft": "autopeft.methods.s2ft:S2FT",
+    "sara": "autopeft.methods.sara:SaRA",
     "shared_core": "autopeft.methods.shared_core:SharedCore",
     "sparse": "autopeft.methods.sparse:Sparse",
     "ssf": "autopeft.methods.ssf:SSF",

@@ -43,7 +43,7 @@ def test_every_method_has_a_card() -> None:
     usable = [card for card in cards.values() if card.kinds]
     assert len(usable) >= len(cards) - 1, "only a method with required settings may be unusable"
     with pytest.raises(UnknownPlugin, match=r"Did you mean .lora."):
-        method_cards(["lara"])
+        method_cards(["loraa"])
 
 
 def test_the_table_of_the_readme_is_this_one() -> None:
