@@ -16,10 +16,10 @@ import numpy as np
 from autopeft.core.menu import Option
 from autopeft.core.site import Place
 
-__all__ = ["Group", "group_options", "pareto"]
+__all__ = ["Group", "cells_of", "components", "group_options", "pareto", "plain"]
 
-_MAX_SETS = 2_000_000
-"""Compatible sets that may be looked at in one component before the problem goes to milp."""
+_MAX_SETS = 50_000
+"""Compatible sets that may be looked at in one component before the problem goes to `_hubs`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,15 +60,12 @@ def group_options(options: Sequence[Option], costs: Any, gains: Any, limit: int)
         gains: their gains, float64 of shape (n,).
         limit: items that cost more are left out.
     """
-    cells: dict[tuple[Place, ...], list[int]] = {}
-    useful = np.flatnonzero((gains > 0) & (costs <= limit)).tolist()
-    for i in useful:
-        cells.setdefault(options[i].places, []).append(i)
+    cells = cells_of(options, costs, gains, limit)
     groups = []
-    for component in _components(list(cells)):
+    for component in components(list(cells)):
         members = [np.array(cells[places], dtype=np.int64) for places in component]
         if len(component) == 1 or _exclusive(component):
-            group = _plain(np.concatenate(members), costs, gains)
+            group = plain(np.concatenate(members), costs, gains)
         else:
             mixed = _mixed(component, members, costs, gains, limit)
             if mixed is None:
@@ -78,7 +75,15 @@ def group_options(options: Sequence[Option], costs: Any, gains: Any, limit: int)
     return groups
 
 
-def _components(keys: list[tuple[Place, ...]]) -> list[list[tuple[Place, ...]]]:
+def cells_of(options: Sequence[Option], costs: Any, gains: Any, limit: int) -> dict[tuple[Place, ...], list[int]]:
+    """Places to the positions of the options that take exactly these, gain something and fit into the limit."""
+    cells: dict[tuple[Place, ...], list[int]] = {}
+    for i in np.flatnonzero((gains > 0) & (costs <= limit)).tolist():
+        cells.setdefault(options[i].places, []).append(i)
+    return cells
+
+
+def components(keys: list[tuple[Place, ...]]) -> list[list[tuple[Place, ...]]]:
     """Sets of places that hang together, in the order of their first member."""
     root: dict[Place, Place] = {}
 
@@ -104,7 +109,8 @@ def _exclusive(component: list[tuple[Place, ...]]) -> bool:
     return all(a & b for i, a in enumerate(sets) for b in sets[:i])
 
 
-def _plain(members: Any, costs: Any, gains: Any) -> Group:
+def plain(members: Any, costs: Any, gains: Any) -> Group:
+    """The group of options that exclude each other, given by their positions."""
     members = np.sort(members)
     kept = members[pareto(costs[members], gains[members])]
     if costs[kept[0]] == 0:

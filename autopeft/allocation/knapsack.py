@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from autopeft.allocation import _groups, _mckp, _milp
+from autopeft.allocation import _groups, _hubs, _mckp, _milp
 from autopeft.core.allocation import Allocation, Provenance
 from autopeft.core.budget import Budget
 from autopeft.core.menu import Menu, Option
@@ -25,7 +25,8 @@ class Knapsack:
     """Chooses the options of largest total gain within the budget, with a proof.
 
     Without side constraints: dominance, linear bound, reduced-cost fixing and dynamic programming on the core
-    (`_mckp`). With side constraints, or when options interlock too much to be enumerated: scipy's HiGHS. Plans of equal
+    (`_mckp`), one such problem per decision about the options that interlock many others (`_hubs`). With side
+    constraints, or when there are too many such decisions: scipy's HiGHS. Plans of equal
     gain break by the options' canonical order, never by the order they were given in. The result is the same on every
     call unless `time_limit` strikes.
 
@@ -81,14 +82,18 @@ class Knapsack:
         gains = np.array([o.gain for o in options], dtype=np.float64)
         if len(options) and costs.min() > budget.limit:
             raise _nothing_fits(options, costs.tolist(), budget)
-        groups = None
+        groups = hubs = None
         if not self.require and self.max_options is None:
             groups = _groups.group_options(options, costs, gains, budget.limit)
+            if groups is None:
+                hubs = _hubs.solve(options, costs, gains, budget.limit, self.gap, self.time_limit)
         if groups is not None:
             packing = _mckp.solve(groups, budget.limit, self.gap, self.time_limit)
             picks = [i for group, item in zip(groups, packing.items, strict=True) for i in group.picks[item].tolist()]
             chosen = [i for i in picks if i >= 0]
             bound, price = packing.bound, packing.price
+        elif hubs is not None:
+            chosen, bound, price = list(hubs.chosen), hubs.bound, hubs.price
         else:
             chosen, bound, price = self._by_milp(options, costs, gains, budget)
         plan = Allocation(tuple(options[i] for i in chosen), budget)

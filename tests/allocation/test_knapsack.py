@@ -11,7 +11,7 @@ from itertools import islice, product
 import numpy as np
 import pytest
 
-from autopeft.allocation import _groups, _mckp, _milp
+from autopeft.allocation import _forest, _groups, _mckp, _milp
 from autopeft.allocation.knapsack import Knapsack
 from autopeft.core.budget import Budget, Cost
 from autopeft.core.contracts import Allocator
@@ -245,6 +245,7 @@ def test_a_component_too_large_to_enumerate_goes_to_milp(monkeypatch: pytest.Mon
     menu = random_menu(3, sites=8, sizes=3, integers=False)
     expected = Knapsack().allocate(menu, Budget(40))
     monkeypatch.setattr(_groups, "_MAX_SETS", 3)
+    monkeypatch.setattr(_forest, "_MAX_NODES", 3)
     called = []
     pack = _milp.pack
     monkeypatch.setattr(_milp, "pack", lambda *a, **k: called.append(1) or pack(*a, **k))
