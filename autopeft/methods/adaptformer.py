@@ -34,7 +34,7 @@ __all__ = ["AdaptFormer", "AdaptFormerAdapter"]
 class AdaptFormer:
     """`mlp(norm(x)) + s (U relu(D x + d) + u)`: a bottleneck parallel to a transformer block's MLP.
 
-    Chen et al., 2022, arXiv 2205.13535, equations 2 and 3. It cannot be merged. Sizes are bottleneck widths h.
+    Chen et al., 2022, arXiv 2205.13535. It cannot be merged. Sizes are bottleneck widths h.
     LayerScale and stochastic depth, where a block has them, act on the sum: a small LayerScale damps the adapter,
     which a learned scale makes up for.
 

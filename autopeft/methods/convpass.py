@@ -28,7 +28,7 @@ __all__ = ["Convpass", "ConvpassAdapter"]
 class Convpass:
     """`f(norm(x)) + s U act(conv(act(D norm(x))))` beside attention and MLP, act QuickGELU, conv 3x3 over the patches.
 
-    Jie and Deng, 2022, arXiv 2207.07039, section 3.2 and equation 6. It cannot be merged. Sizes are bottleneck widths
+    Jie and Deng, 2022, arXiv 2207.07039. It cannot be merged. Sizes are bottleneck widths
     h. The convolution starts as the identity (ones in the centre of the kernel). Class and register tokens have no
     neighbours: each is convolved as a map of one patch, that is by the centre of the kernel.
 

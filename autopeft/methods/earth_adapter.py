@@ -31,7 +31,7 @@ __all__ = ["EarthAdapter", "EarthAdapterModule"]
 class EarthAdapter:
     """`F + alpha (w_1 A_1(F) + w_2 A_2(low F) + w_3 A_3(high F))` on the patches F of a block's output.
 
-    Hu et al., 2025, arXiv 2504.06220, section 3. `A_i(x) = U_i relu(D_i x + d_i) + u_i`; low F keeps the frequencies of
+    Hu et al., 2025, arXiv 2504.06220. `A_i(x) = U_i relu(D_i x + d_i) + u_i`; low F keeps the frequencies of
     the map of patches up to `rho min(H, W) / 2` on both axes, high F is the rest; the weights w are the softmax of a
     Linear router on each patch of F. Blocks outside of `fft_layers` have `F + alpha A_1(F)` alone. It cannot be merged.
     Sizes are bottleneck widths h.

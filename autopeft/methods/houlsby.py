@@ -26,7 +26,7 @@ __all__ = ["Houlsby"]
 class Houlsby:
     """`f + U act(D f + d) + u` with f the output of attention or MLP, before it joins the residual stream.
 
-    Houlsby et al., 2019, arXiv 1902.00751, section 2.1 and figure 2. It cannot be merged. Sizes are bottleneck widths.
+    Houlsby et al., 2019, arXiv 1902.00751, figure 2. It cannot be merged. Sizes are bottleneck widths.
     In the paper every block has one adapter behind each of its branches; here each is an option of its own. LayerScale
     and stochastic depth, where a block has them, act on the sum.
 

@@ -39,7 +39,7 @@ _MOST_EXPERTS = 255
 class MoSA:
     """`mlp(norm(x)) + s (U gelu(D norm'(x) + d) + u)`, whose matrices are trained through experts of disjoint entries.
 
-    Zhang et al., 2023, arXiv 2312.02923, section 3. Every entry of a matrix that is split belongs to one of E experts,
+    Zhang et al., 2023, arXiv 2312.02923. Every entry of a matrix that is split belongs to one of E experts,
     drawn at random. Expert e is `start + mask_e * delta`; a training pass runs one expert, drawn uniformly for each
     matrix, layer and pass, so that sparse adapters are trained one at a time. In evaluation the experts are averaged:
     `start + delta / E`, the expectation of the random expert. As the masks are disjoint, one delta holds all experts,

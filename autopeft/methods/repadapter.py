@@ -28,7 +28,7 @@ __all__ = ["RepAdapter", "RepAdapterModule"]
 class RepAdapter:
     """`W x' + b` with `x' = x + s (U (D x + d) + u)`, U sparse in groups: in front of qkv and of fc1.
 
-    Luo et al., 2023, arXiv 2302.08106, equations 6 to 9. Everything is linear, so that it merges exactly:
+    Luo et al., 2023, arXiv 2302.08106. Everything is linear, so that it merges exactly:
     `W (I + s U D)` and `b + s W (U d + u)`. U is a grouped 1x1 convolution: the g-th part of the channels sees the g-th
     part of the h hidden values; where h is no multiple of the groups, neighbouring parts overlap by one. Sizes are
     widths h.

@@ -35,7 +35,7 @@ __all__ = ["VPT", "VPTAdapter"]
 class VPT:
     """p trained tokens that a block sees beside its own, and that are taken out of its output.
 
-    VPT-Deep of Jia et al., 2022, arXiv 2203.12119, equation 6, one option per block. Sizes are numbers of prompts p.
+    VPT-Deep of Jia et al., 2022, arXiv 2203.12119, one option per block. Sizes are numbers of prompts p.
     The paper puts prompts between class token and patches; here they lie behind all tokens, which makes no difference
     where a block may have them at all: those that know where their tokens lie (a relative position bias, rotary angles,
     windows) do not run on more of them, and have no slot `tokens`. It cannot be merged.

@@ -38,7 +38,7 @@ _NUMBERED = re.compile(r"^(.*?)(\d+)$")
 class VPTShallow:
     """p trained tokens put behind those of the first block, and taken out behind the last one.
 
-    VPT-Shallow of Jia et al., 2022, arXiv 2203.12119, equation 4. Sizes are numbers of prompts p. It acts on the group
+    VPT-Shallow of Jia et al., 2022, arXiv 2203.12119. Sizes are numbers of prompts p. It acts on the group
     `blocks`: the blocks in between hand the prompts on, so that none of them can have prompts of its own, and an
     adapter that looks for patches is told in every block which tokens are prompts. The head never sees them. It cannot
     be merged.
