@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,16 +12,24 @@ from torch import Tensor, nn
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
 
-__all__ = ["Adapter", "Form", "Part", "Shared"]
+__all__ = ["Adapter", "Form", "Part", "Role", "Shared"]
 
 Form = Literal["swap", "stand_in", "input", "branch", "output", "wrap"]
 """How a backend runs an adapter: `swap` runs the host with changed tensors, `stand_in` runs in the host's place,
 `input` maps the host's input, `branch` adds to the host's output, `output` maps the host's output, `wrap` runs the
 host itself."""
 
+Role = Literal["down", "up", "core", "dense", "entries", "vector"]
+"""What a trained tensor does in the change of its host, for rules of learning rates: `down` sums over all inputs to a
+few features, `up` spreads a few features over all outputs, `core` maps few to few, `dense` is a whole weight, `entries`
+are single entries of one, `vector` is one number per channel or token."""
+
 
 class Part(nn.Module):
     """What one option trains: an `Adapter` on one site, or a `Shared` on several."""
+
+    rate_roles: ClassVar[Mapping[str, Role]] = MappingProxyType({})
+    """Roles of its parameters, by name, where the method's family and the shapes would tell them wrongly."""
 
     moving: ClassVar[frozenset[str]] = frozenset()
     """Names of persistent buffers that training changes, as they appear in the state dict."""
@@ -29,6 +38,7 @@ class Part(nn.Module):
     """Training steps within which every parameter has had a gradient that is not zero; more where a step trains a
     random part of them."""
 
+    site: Site
     obstacle: str
 
     def stored(self) -> dict[str, Tensor]:

@@ -14,9 +14,9 @@ from autopeft.core.budget import Cost
 from autopeft.core.menu import Indices, Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
-from autopeft.errors import UsageError
 from autopeft.methods._axis import along
 from autopeft.methods._host import host_tensor, new_parameter, rows_of
+from autopeft.methods._scaling import Scaling, lora_scale
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._spectrum import captured, squared_singular_values
 from autopeft.methods.base import Adapter
@@ -33,19 +33,20 @@ class DoRA:
     one output feature, or one output channel with all of its kernel.
 
     Attributes:
-        alpha: numerator of the scale `s = alpha / r`; None means `alpha = r`, a scale of 1 at every rank.
+        alpha: numerator of the scale s; None means a scale of 1 at every rank, `1 / sqrt(r)` with `sqrt`.
         detach_norm: treat the norm in the denominator as a constant in the backward pass, as equation 11 of the paper
             and its code do; False takes the whole gradient.
+        scaling: `rank` for `s = alpha / r`, `sqrt` for `s = alpha / sqrt(r)` (rsLoRA).
     """
 
     alpha: float | None = None
     detach_norm: bool = True
+    scaling: Scaling = "rank"
 
     family: ClassVar[str] = "matrix"
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UsageError(f"dora: alpha must be a positive number or null (scale 1), got {self.alpha!r}")
+        lora_scale("dora", self.alpha, self.scaling, 1)
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """`weight` of a Linear or Conv2d that is larger than factors of rank 1 with the lengths."""
@@ -71,7 +72,7 @@ class DoRA:
     def build(self, site: Site, option: Option, host: nn.Module, generator: torch.Generator) -> DoRAAdapter:
         """A drawn from the Kaiming uniform distribution of a Linear layer, B and the change of the lengths zero."""
         r = check_size("dora", site, option.size, self.sizes(site))
-        scale = 1.0 if self.alpha is None else self.alpha / r
+        scale = lora_scale("dora", self.alpha, self.scaling, r)
         return DoRAAdapter(site, host, r, scale, self.detach_norm, generator)
 
     def gains(self, site: Site, evidence: Evidence, sizes: Sequence[int]) -> tuple[float, ...]:

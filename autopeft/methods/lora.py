@@ -14,9 +14,9 @@ from autopeft.core.budget import Cost
 from autopeft.core.menu import Indices, Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
-from autopeft.errors import UsageError
 from autopeft.methods._host import is_plain, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
+from autopeft.methods._scaling import Scaling, lora_scale
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._spectrum import captured, squared_singular_values
 
@@ -25,23 +25,27 @@ __all__ = ["LoRA", "LoRAAdapter"]
 
 @dataclass(frozen=True, slots=True)
 class LoRA:
-    """`W + (alpha / r) B A` with A (r, in) and B (out, r) trained (Hu et al., 2021, arXiv 2106.09685, section 4.1).
+    """`W + s B A` with A (r, in) and B (out, r) trained (Hu et al., 2021, arXiv 2106.09685, section 4.1).
 
     B starts at zero, so the change is zero at step 0 and A has no gradient before the first step. The weight of a
     convolution is flattened to (out, in / groups * kh * kw); with groups, every group shares the one A.
 
     Attributes:
-        alpha: numerator of the scale `alpha / r`; None means `alpha = r`, a scale of 1 at every rank, so that one
-            learning rate serves all ranks of a mixed plan.
+        alpha: numerator of the scale s; None means a scale of 1 at every rank, `1 / sqrt(r)` with `sqrt`.
+        scaling: `rank` for `s = alpha / r`; `sqrt` for `s = alpha / sqrt(r)` (rsLoRA), under which the best learning
+            rate moves less from one rank to the next.
+
+    Raises:
+        UsageError: naming the field and the value that is out of range.
     """
 
     alpha: float | None = None
+    scaling: Scaling = "rank"
 
     family: ClassVar[str] = "matrix"
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UsageError(f"lora: alpha must be a positive number or null (scale 1), got {self.alpha!r}")
+        lora_scale("lora", self.alpha, self.scaling, 1)
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """`weight` of a Linear or Conv2d that is larger than its rank-1 factors."""
@@ -61,7 +65,7 @@ class LoRA:
     def build(self, site: Site, option: Option, host: nn.Module, generator: torch.Generator) -> LoRAAdapter:
         """A drawn from the Kaiming uniform distribution of a Linear layer, B zero."""
         r = check_size("lora", site, option.size, self.sizes(site))
-        return LoRAAdapter(site, host, r, 1.0 if self.alpha is None else self.alpha / r, generator)
+        return LoRAAdapter(site, host, r, lora_scale("lora", self.alpha, self.scaling, r), generator)
 
     def gains(self, site: Site, evidence: Evidence, sizes: Sequence[int]) -> tuple[float, ...]:
         """Sum of the r largest squared singular values of the signal: the most that any rank-r step can capture."""

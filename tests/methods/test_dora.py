@@ -121,6 +121,12 @@ def test_gains_are_lengths_and_the_best_of_the_rest(site_of, evidence_of) -> Non
     assert DoRA().gains(site, known, (1, 2, 3)) == pytest.approx((14 + 25, 14 + 41, 14 + 41))
 
 
+def test_scale_with_the_root_of_the_rank(site_of, build) -> None:
+    host = nn.Linear(16, 12)
+    assert build(DoRA(alpha=6.0, scaling="sqrt"), site_of(host), host, 4).scale == 3.0
+    assert build(DoRA(alpha=6.0), site_of(host), host, 4).scale == 1.5
+
+
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
 def test_bad_alpha(alpha: float) -> None:
     with pytest.raises(UsageError, match="alpha"):

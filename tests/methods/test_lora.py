@@ -27,6 +27,15 @@ def test_scale_is_alpha_over_rank(site_of, build) -> None:
     assert build(LoRA(), site_of(host), host, 4).scale == 1.0
 
 
+def test_scale_is_alpha_over_the_root_of_the_rank(site_of, build) -> None:
+    host = nn.Linear(16, 16)
+    assert build(LoRA(alpha=8.0, scaling="sqrt"), site_of(host), host, 4).scale == 4.0
+    assert build(LoRA(scaling="sqrt"), site_of(host), host, 4).scale == 0.5
+    assert build(LoRA(scaling="sqrt"), site_of(host), host, 1).scale == build(LoRA(), site_of(host), host, 1).scale
+    with pytest.raises(UsageError, match="scaling must be one of rank, sqrt, got 'root'"):
+        LoRA(scaling="root")
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize(
     "geometry",
