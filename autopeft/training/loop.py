@@ -281,8 +281,12 @@ class _Run:
 
     def _describe(self, step: int, what: str, value: float) -> str:
         epoch = step // self._steps_per_epoch + 1
-        rates = {g["key"]: g["peak"] for g in self.optimizer.param_groups}
-        listed = ", ".join(f"{key} {rate:g}" for key, rate in rates.items())
+        rates: dict[str, set[float]] = {}
+        for group in self.optimizer.param_groups:
+            rates.setdefault(group["key"], set()).add(group["peak"])
+        listed = ", ".join(
+            f"{key} {' to '.join(f'{r:g}' for r in sorted({min(v), max(v)}))}" for key, v in rates.items()
+        )
         return (
             f"the {what} became {value} at step {step + 1} (epoch {epoch} of {self.settings.epochs}) with the learning "
             f"rates {listed}; {_HINT}"

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from autopeft.core.contracts import Inserted, Method
 from autopeft.errors import BudgetMismatch, UsageError
+from autopeft.training.rates import Sizes, decay_factor, head_factor, is_decayed, rate_factor, sizes_of
 from autopeft.training.settings import TrainSettings
 
 __all__ = ["make_optimizer", "optimised_count", "schedule_factor", "set_rates"]
@@ -19,8 +21,8 @@ _HEAD = "head"
 def make_optimizer(inserted: Inserted, settings: TrainSettings, methods: Mapping[str, Method]) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) over everything that is trainable in the model.
 
-    Each parameter group carries `key` (the method key, or `head`) and `peak`, its largest learning rate. Tensors with
-    fewer than two dimensions are not decayed.
+    Each parameter group carries `key` (the method key, or `head`) and `peak`, its largest learning rate: that of the
+    method's family, times what `rate_rule` and `lora_plus` make of the tensor's size and role.
 
     Args:
         inserted: the model with adapters.
@@ -32,20 +34,23 @@ def make_optimizer(inserted: Inserted, settings: TrainSettings, methods: Mapping
             four independent counts.
         UsageError: for a method key without a method.
     """
-    rates = settings.rates
-    groups: list[dict[str, object]] = []
-    for key, parameters in inserted.groups().items():
+    for key in inserted.groups():
         if key != _HEAD and key not in methods:
             raise UsageError(f"the plan uses the method {key!r}, but the study has only {', '.join(methods) or 'none'}")
-        peak = rates.of(_HEAD if key == _HEAD else methods[key].family)
-        decayed = [p for p in parameters if p.requires_grad and p.ndim >= 2]
-        plain = [p for p in parameters if p.requires_grad and p.ndim < 2]
-        for members, decay in ((decayed, settings.weight_decay), (plain, 0.0)):
-            if members:
-                groups.append({"params": members, "lr": peak, "peak": peak, "key": key, "weight_decay": decay})
+    sizes = sizes_of(inserted, methods)
+    groups: list[dict[str, object]] = []
+    for key, parameters in inserted.groups().items():
+        members: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter in (p for p in parameters if p.requires_grad):
+            known = None if key == _HEAD else sizes[id(parameter)]
+            family = _HEAD if key == _HEAD else methods[key].family
+            members.setdefault(_rate_and_decay(settings, family, known, parameter), []).append(parameter)
+        # Decayed tensors first, then as they were found.
+        for (peak, decay), alike in sorted(members.items(), key=lambda item: item[0][1] == 0.0):
+            groups.append({"params": alike, "lr": peak, "peak": peak, "key": key, "weight_decay": decay})
     if not groups:
         raise UsageError("nothing in the model is trainable: the plan is empty and the model has no head")
-    optimizer = torch.optim.AdamW(groups, lr=rates.head, betas=settings.betas, eps=settings.eps)
+    optimizer = torch.optim.AdamW(groups, lr=settings.rates.head, betas=settings.betas, eps=settings.eps)
     counted, planned = optimised_count(optimizer), inserted.allocation.trainable
     if counted != planned:
         raise BudgetMismatch(
@@ -53,6 +58,21 @@ def make_optimizer(inserted: Inserted, settings: TrainSettings, methods: Mapping
             f"per method: {_per_method(optimizer)}"
         )
     return optimizer
+
+
+def _rate_and_decay(
+    settings: TrainSettings, family: str, sizes: Sizes | None, parameter: nn.Parameter
+) -> tuple[float, float]:
+    """Peak learning rate and weight decay of one tensor; `sizes` is None for the head's."""
+    rate = settings.rates.of(family)
+    if sizes is None:
+        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+        return rate * head_factor(settings.head_rule, parameter), decay
+    rate *= rate_factor(settings.rate_rule, sizes)
+    if family == "matrix" and sizes.role == "up":
+        rate *= settings.lora_plus
+    decayed = is_decayed(settings.decay_rule, sizes, parameter)
+    return rate, settings.weight_decay * decay_factor(settings.decay_rule, sizes) if decayed else 0.0
 
 
 def optimised_count(optimizer: torch.optim.Optimizer) -> int:

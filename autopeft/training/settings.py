@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from autopeft.errors import UsageError
+from autopeft.training.rates import DecayRule, HeadRule, RateRule
 
 __all__ = ["Amp", "LearningRates", "TrainSettings"]
 
@@ -97,7 +98,13 @@ class TrainSettings:
             Large data sets are searched in such short epochs, so that a bad trial need not see all of it once.
         lr: peak learning rates.
         lr_scale: multiplies every rate of `lr` but the head's.
+        rate_rule: how the rates of the families follow the size of what is trained: `none`, `width`, `spectral` or
+            `count`; see `autopeft.training.rates.rate_factor`.
+        head_rule: how the head's rate follows the model's width: `none` or `width`.
+        lora_plus: ratio of the rate of B to that of A in low-rank pairs (LoRA+; Hayou et al., 2024, arXiv 2402.12354,
+            section 4.2); B takes the ratio and A stays.
         weight_decay: decoupled decay of tensors with two or more dimensions; vectors and scalars are not decayed.
+        decay_rule: how weight decay follows the width: `none` or `width`; see `autopeft.training.rates.decay_factor`.
         warmup_fraction: share of the steps in which the rate rises linearly from 0, in [0, 1].
         clip: largest norm of the whole gradient; 0 does not clip.
         betas: AdamW's decay rates of the first and second moment.
@@ -113,7 +120,11 @@ class TrainSettings:
     data_fraction: float = 1.0
     lr: LearningRates = field(default_factory=LearningRates)
     lr_scale: float = 1.0
+    rate_rule: RateRule = "none"
+    head_rule: HeadRule = "none"
+    lora_plus: float = 1.0
     weight_decay: float = 1e-4
+    decay_rule: DecayRule = "none"
     warmup_fraction: float = 0.1
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -127,6 +138,12 @@ class TrainSettings:
         if not isinstance(self.lr, LearningRates):
             raise UsageError(f"train.lr must hold one learning rate per family, got {self.lr!r}")
         _check_number("train.lr_scale", self.lr_scale, 0.0, math.inf, open_low=True)
+        for name, kinds in (("rate_rule", RateRule), ("head_rule", HeadRule), ("decay_rule", DecayRule)):
+            if getattr(self, name) not in get_args(kinds):
+                raise UsageError(
+                    f"train.{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
+                )
+        _check_number("train.lora_plus", self.lora_plus, 0.0, math.inf, open_low=True)
         _check_number("train.weight_decay", self.weight_decay, 0.0, math.inf)
         _check_number("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
         _check_number("train.clip", self.clip, 0.0, math.inf)

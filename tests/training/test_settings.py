@@ -24,7 +24,9 @@ def test_rate_of_a_family() -> None:
 
 
 def test_round_trip_through_json() -> None:
-    settings = TrainSettings(epochs=3, lr=LearningRates(core=0.5), betas=(0.8, 0.9), amp="bf16", threads=2)
+    settings = TrainSettings(
+        epochs=3, lr=LearningRates(core=0.5), betas=(0.8, 0.9), amp="bf16", threads=2, rate_rule="spectral"
+    )
     assert decode(TrainSettings, encode(settings)) == settings
 
 
@@ -36,6 +38,10 @@ def test_round_trip_through_json() -> None:
         ({"lr_scale": 0.0}, "train.lr_scale"),
         ({"lr_scale": math.inf}, "train.lr_scale"),
         ({"weight_decay": -1e-9}, "train.weight_decay"),
+        ({"rate_rule": "mup"}, "train.rate_rule must be one of none, width, spectral, count"),
+        ({"head_rule": "count"}, "train.head_rule"),
+        ({"decay_rule": "sqrt"}, "train.decay_rule"),
+        ({"lora_plus": 0.0}, "train.lora_plus"),
         ({"warmup_fraction": 1.01}, "train.warmup_fraction"),
         ({"clip": math.nan}, "train.clip"),
         ({"betas": (0.9, 1.0)}, r"train.betas\[1\]"),
