@@ -6,21 +6,18 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
 from autopeft.core.contracts import Inserted, Method
 from autopeft.core.site import Site
 from autopeft.methods.base import Part, Role
+from autopeft.training.settings import DecayRule, HeadRule, RateRule
 
 __all__ = [
     "REFERENCE_COUNT",
     "REFERENCE_RANK",
     "REFERENCE_WIDTH",
-    "DecayRule",
-    "HeadRule",
-    "RateRule",
     "Sizes",
     "decay_factor",
     "head_factor",
@@ -28,15 +25,6 @@ __all__ = [
     "rate_factor",
     "sizes_of",
 ]
-
-RateRule = Literal["none", "width", "spectral", "count"]
-"""How a learning rate follows the size of what is trained; see `rate_factor`."""
-
-DecayRule = Literal["none", "width"]
-"""How weight decay follows the width; see `decay_factor`."""
-
-HeadRule = Literal["none", "width"]
-"""How the classifier's learning rate follows the width; see `head_factor`."""
 
 REFERENCE_WIDTH = 128
 """Width of the model that the default learning rates were chosen on, the bundled vision transformer."""

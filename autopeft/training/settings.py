@@ -8,12 +8,20 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from autopeft.errors import UsageError
-from autopeft.training.rates import DecayRule, HeadRule, RateRule
 
-__all__ = ["Amp", "LearningRates", "TrainSettings"]
+__all__ = ["Amp", "DecayRule", "HeadRule", "LearningRates", "RateRule", "TrainSettings"]
 
 Amp = Literal["off", "bf16"]
 """Whether the forward pass runs under autocast to bfloat16. Parameters and optimiser state stay in float32."""
+
+RateRule = Literal["none", "width", "spectral", "count"]
+"""How a learning rate follows the size of what is trained; see `autopeft.training.rates.rate_factor`."""
+
+HeadRule = Literal["none", "width"]
+"""How the classifier's learning rate follows the width; see `autopeft.training.rates.head_factor`."""
+
+DecayRule = Literal["none", "width"]
+"""How weight decay follows the width; see `autopeft.training.rates.decay_factor`."""
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
