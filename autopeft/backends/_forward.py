@@ -86,8 +86,8 @@ class HostForward:
         self.stand_ins = [a for a in adapters if a.form == "stand_in"]
         if len(self.stand_ins) > 1:
             raise UsageError(
-                f"two adapters would run in the place of {self.stand_ins[0].site.name}, and only one can: it must claim "
-                f"the site's weight"
+                f"two adapters would run in the place of {self.stand_ins[0].site.name}, and only one can: it must "
+                f"claim the site's weight"
             )
         self.inputs = [a for a in adapters if a.form == "input"]
         self.branches = [a for a in adapters if a.form == "branch"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from autopeft.core.site import Site
 from autopeft.errors import UsageError
 from autopeft.methods._host import is_plain
+from autopeft.methods._peft_refusals import RESERVED
 from autopeft.methods._peft_tuner import Tuner
-from autopeft.methods._peft_tuners import RESERVED
 
 __all__ = ["ADAPTER", "check_fields", "config_class", "nested_settings", "obstacle_of", "stand_in", "start_of", "wrap"]
 

@@ -23,6 +23,7 @@ __all__ = [
     "named",
     "nothing",
     "one",
+    "pairs",
     "ranks",
     "road",
     "sparse_rate",
@@ -70,6 +71,11 @@ def wide_ranks(site: Site) -> tuple[int, ...]:
 def entries(site: Site) -> tuple[int, ...]:
     """Powers of two below the number of entries."""
     return doubling(1, site.n_weight - 1)
+
+
+def pairs(site: Site) -> tuple[int, ...]:
+    """Powers of two among the entries off the diagonal of the inputs' square."""
+    return doubling(1, min(site.n_weight - 1, site.in_features * (site.in_features - 1)))
 
 
 def one(site: Site) -> tuple[int, ...]:

@@ -44,6 +44,8 @@ class Tuner:
         single: whether PEFT computes parts of it in float32 whatever the precision of the model.
         shared: whether sites share one trained vector, so that it is offered on groups alone.
         derived: buffers that PEFT saves though they follow from the weight.
+        cheaper: values of `fixed` fields that cost the same and spare the price a decomposition of the weight.
+        count: trained scalars, where no field spares it; two tensors.
         refused: fields it cannot take, with the reason.
         note: what a reader should know besides.
     """
@@ -65,6 +67,8 @@ class Tuner:
     single: bool = False
     shared: bool = False
     derived: tuple[str, ...] = ()
+    cheaper: Mapping[str, Any] = field(default_factory=dict)
+    count: Callable[[Site, int], int] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from autopeft.errors import UsageError
+from autopeft.methods._peft_refusals import LORA_REFUSED, UNUSABLE
 from autopeft.methods._peft_sizes import (
     adalora,
     bank,
@@ -23,6 +24,7 @@ from autopeft.methods._peft_sizes import (
     named,
     nothing,
     one,
+    pairs,
     ranks,
     road,
     sparse_rate,
@@ -32,7 +34,7 @@ from autopeft.methods._peft_sizes import (
 )
 from autopeft.methods._peft_tuner import Host, Tuner
 
-__all__ = ["RESERVED", "TUNERS", "tuner_of"]
+__all__ = ["TUNERS", "tuner_of"]
 
 _MATRIX: frozenset[Host] = frozenset({"linear"})
 _CONVS: frozenset[Host] = frozenset({"linear", "pointwise", "conv"})
@@ -47,28 +49,12 @@ def tuner_of(name: str) -> Tuner:
     """
     if name in TUNERS:
         return TUNERS[name]
-    if name in _UNUSABLE:
-        raise UsageError(f"peft: the tuner {name!r} cannot be used: {_UNUSABLE[name]}")
+    if name in UNUSABLE:
+        raise UsageError(f"peft: the tuner {name!r} cannot be used: {UNUSABLE[name]}")
     near = difflib.get_close_matches(name, TUNERS, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"peft: no tuner is called {name!r}.{guess} Known: {', '.join(sorted(TUNERS))}")
 
-
-_LORA_REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        "corda_config": "CorDA needs covariances that PEFT collects in a pass of its own",
-        "loftq_config": "LoftQ replaces the base by a quantised one",
-        "lora_bias": "it trains a bias besides the weight; add the method `bias`",
-        "alora_invocation_tokens": "it is for language models",
-        "arrow_config": "it routes between adapters that exist already",
-        "use_qalora": "it is for quantised bases",
-        "use_bdlora": "it is for tensor-parallel language models",
-        "monteclora_config": "it adds a loss of its own to a transformers output",
-        "velora_config": "it changes what the backward pass keeps of a language model",
-        "kasa_config": "it changes the base's weight for good",
-        "layer_replication": "it changes the model",
-    }
-)
 
 _LORA = Tuner(
     "LoraConfig",
@@ -78,7 +64,7 @@ _LORA = Tuner(
     named("r", "lora_alpha"),
     gain="rank",
     dilated=False,
-    refused=_LORA_REFUSED,
+    refused=LORA_REFUSED,
     note="alpha equals the rank, a scale of 1 at every size, so that one learning rate serves a mixed plan",
 )
 
@@ -93,7 +79,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             size_fields=("init_r", "r"),
             gain="rank",
             derived=("ranknum",),
-            refused=_LORA_REFUSED,
+            refused=LORA_REFUSED,
             note="pays for init_r; the ranks are cut to an average of target_r while it trains, with backend hf_peft",
         ),
         "adamss": Tuner(
@@ -153,11 +139,12 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             "FrodConfig",
             "vector",
             _MATRIX,
-            entries,
+            pairs,
             sparse_rate,
             size_fields=("sparse_rate",),
             fixed={"save_projection": False, "progressbar": False},
             single=True,
+            count=lambda site, size: site.in_features + size,
             note="the size is the number of sparse entries beside the singular values",
         ),
         "glora": Tuner("GloraConfig", "matrix", _MATRIX, ranks, named("r"), touches="both"),
@@ -220,7 +207,13 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             size_fields=("oft_block_size", "r"),
             note="not on convolutions larger than 1x1, where PEFT's output is wrong from the start",
         ),
-        "olora": replace(_LORA, hosts=_MATRIX, fixed={"init_lora_weights": "olora"}, start="host"),
+        "olora": replace(
+            _LORA,
+            hosts=_MATRIX,
+            fixed={"init_lora_weights": "olora"},
+            start="host",
+            cheaper={"init_lora_weights": True},
+        ),
         "orthogonal": replace(
             _LORA, hosts=_MATRIX, sizes=even_ranks, fixed={"init_lora_weights": "orthogonal"}, single=True
         ),
@@ -234,7 +227,13 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             note="the size is the rank that is trained, min(in, out) - effective_rank",
         ),
         "peanut": Tuner("PeanutConfig", "matrix", _MATRIX, ranks, named("r")),
-        "pissa": replace(_LORA, hosts=_MATRIX, fixed={"init_lora_weights": "pissa"}, start="host"),
+        "pissa": replace(
+            _LORA,
+            hosts=_MATRIX,
+            fixed={"init_lora_weights": "pissa"},
+            start="host",
+            cheaper={"init_lora_weights": True},
+        ),
         "psoft": Tuner("PsoftConfig", "core", _MATRIX, even_ranks, named("r", "psoft_alpha"), single=True),
         "pvera": Tuner("PveraConfig", "vector", _MATRIX, wide_ranks, named("r"), fixed={"save_projection": False}),
         "randlora": Tuner(
@@ -318,61 +317,3 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
     }
 )
 """Name to what is known."""
-
-RESERVED = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "block_size_pattern",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "lambda_pattern",
-        "layers_pattern",
-        "layers_to_transform",
-        "megatron_config",
-        "megatron_core",
-        "modules_to_save",
-        "n_frequency_pattern",
-        "peft_type",
-        "peft_version",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "runtime_offload_base_weight",
-        "target_modules",
-        "target_parameters",
-        "target_svd_config",
-        "task_type",
-        "total_step",
-        "trainable_token_indices",
-    }
-)
-"""Fields of configurations that say where and how large: the plan decides that."""
-
-_LANGUAGE = "it needs the embeddings or the attention of a language model of transformers"
-_UNUSABLE: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(
-            (
-                "adaption_prompt",
-                "cartridge",
-                "cpt",
-                "multitask_prompt_tuning",
-                "p_tuning",
-                "prefix_tuning",
-                "prompt_tuning",
-                "shadow",
-                "xlora",
-            ),
-            _LANGUAGE,
-        ),
-        "poly": "it needs the number of the task with every batch",
-        "trainable_tokens": "it trains rows of an embedding, and an image model has none",
-        "corda": _LORA_REFUSED["corda_config"],
-        "loftq": _LORA_REFUSED["loftq_config"],
-    }
-)

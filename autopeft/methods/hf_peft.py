@@ -134,6 +134,14 @@ class HfPeft:
         return price
 
     def _price(self, site: Site, size: int) -> Cost | str:
+        count, cheaper = self._known.count, self._known.cheaper
+        if (count is not None or cheaper) and self.size is None:
+            # What is not built does not refuse.
+            most = max(self._known.sizes(site)) if count is not None else min(site.in_features, site.out_features)
+            if size > most:
+                return f"peft: {self.tuner} on {site.name} takes a size of at most {most}, got {size}"
+        if count is not None and self.size is None:
+            return Cost.plain(count(site, size), entries=site.n_weight, tensors=2)
         settings = self._settings(site, size)
         parts = self.parts(site) or ((site, self._occupied(site)),)
         shapes = tuple((m.kind, m.shape, m.groups, m.has_bias, slots) for m, slots in parts)
@@ -259,6 +267,8 @@ def _counted(name: str, settings: str, shapes: tuple[_Shape, ...], group: bool) 
 
 def _lone(name: str, settings: Mapping[str, Any], shapes: tuple[_Shape, ...], group: bool, device: str) -> Part:
     tuner = tuner_of(name)
+    spared = {key: value for key, value in tuner.cheaper.items() if settings.get(key) == tuner.fixed.get(key)}
+    settings = {**settings, **spared}
     sites: list[tuple[Site, tuple[Slot, ...]]] = []
     model = nn.Module()
     with torch.random.fork_rng(devices=[]):

@@ -132,6 +132,18 @@ def test_the_price_of_one_linear_is_the_formulas(tuner: str) -> None:
     assert HfPeft(tuner).cost(ONE_LINEAR, size).trainable == count
 
 
+@pytest.mark.parametrize("tuner", ["frod", "pissa", "olora"])
+def test_a_price_that_is_figured_more_cheaply_is_that_of_the_layer(tuner: str) -> None:
+    method = HfPeft(tuner)
+    for size in method.sizes(ONE_LINEAR)[:6]:
+        adapter, cost = built(method, size), method.cost(ONE_LINEAR, size)
+        stored = adapter.stored()
+        found = (sum(p.numel() for p in adapter.parameters()), sum(t.numel() for t in stored.values()), len(stored))
+        assert found == (cost.trainable, cost.stored, cost.tensors)
+    with pytest.raises(UsageError, match="at most"):
+        method.cost(ONE_LINEAR, 10**6)
+
+
 def test_every_type_has_a_number_by_hand() -> None:
     assert set(TUNERS) - set(BY_HAND) == {"unilora", "vblora"}, "those two are offered on groups and counted below"
 
