@@ -61,7 +61,12 @@ Budget = Annotated[
         show_default="0.1%",
     ),
 ]
-Methods = Annotated[str | None, typer.Option(help="comma-separated methods to choose from", show_default="all")]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="comma-separated methods to choose from; `autopeft methods` lists them", show_default="starred ones"
+    ),
+]
 Scorer = Annotated[str | None, typer.Option(help="how sensitivity is measured", show_default="fisher")]
 Allocator = Annotated[str | None, typer.Option(help="how the budget is spent", show_default="knapsack")]
 Backend = Annotated[str | None, typer.Option(help="how adapters are inserted", show_default="native")]

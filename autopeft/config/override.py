@@ -29,7 +29,7 @@ def override(study: Study, values: Mapping[str, Any]) -> Study:
         values: dotted path to plain value, such as `{"methods.lora.alpha": 8, "train.lr.core": 1e-2}`. A path may end
             at a whole part (`methods`, `scorer`), which is then replaced, before settings inside it are changed.
             Multipliers of `gain.methods`, `gain.roles` and arguments of `model.kwargs` may be new, and so may
-            regularisers.
+            regularisers, and methods that are given as a whole: `{"methods.fact": {"form": "tk"}}`.
 
     Raises:
         UnknownKey: for a path that leads nowhere, with a guess.
@@ -120,10 +120,10 @@ def _added(
     table: PluginTable, hint: Any, key: str, node: _Node, items: Mapping[str, Any], where: str
 ) -> Mapping[str, Any]:
     """The plug-in that is put into a table because something of it is set; the setting itself is left to the caller."""
-    if not table.grows:
-        raise UnknownKey(f"{where} has no key {key!r}. {known_names(key, items)}")
     if node.value is not _UNSET:
         return {}
+    if not table.grows:
+        raise UnknownKey(f"{where} has no key {key!r}. {known_names(key, items)}")
     known = ROOMS[table.room]
     settings = {"type": node.children.pop("type").value} if "type" in node.children else None
     if settings is None and key not in known:

@@ -155,3 +155,15 @@ def test_a_regulariser_that_is_misspelt(default: Study, path: str, value: Any, k
     with pytest.raises(kind) as caught:
         override(default, {path: value})
     assert message in str(caught.value)
+
+
+def test_a_method_is_added_as_a_whole(default: Study) -> None:
+    """By its own name, or by any name with a type; setting one thing of a method that is not there stays an error."""
+    found = override(default, {"methods.flora": {"kernel_rank": 1}, "methods.small": {"type": "lora", "alpha": 2}})
+    assert list(found.methods) == [*default.methods, "flora", "small"]
+    assert found.methods["flora"].kernel_rank == 1
+    assert found.methods["small"].alpha == 2
+    with pytest.raises(UnknownKey, match="no key 'flora'"):
+        override(default, {"methods.flora.kernel_rank": 1})
+    with pytest.raises(UsageError, match="'florra'"):
+        override(default, {"methods.florra": {}})
