@@ -13,7 +13,7 @@ from autopeft.allocation._groups import Group, cells_of, components, plain
 from autopeft.core.menu import Option
 from autopeft.core.site import Place
 
-__all__ = ["Forest", "Node", "Priced", "TooMany", "bits", "cheapest_bound", "family", "forest_of"]
+__all__ = ["Forest", "Node", "Priced", "bits", "cheapest_bound", "family", "forest_of"]
 
 _TOLERANCE = 1e-12
 """Relative difference of gains that counts as equal."""
@@ -23,10 +23,6 @@ _MAX_NODES = 50_000
 
 _MAX_STEPS = 100
 """Prices that are tried; some ten are needed."""
-
-
-class TooMany(Exception):
-    """More nodes or sets than are worth looking at; a solver that meets it leaves the problem to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +93,7 @@ class Forest:
 
     def _add(self, kind: Literal["leaf", "all", "either"], children: list[int], cell: int = -1) -> int:
         if len(self.nodes) >= _MAX_NODES:
-            raise TooMany
+            raise OverflowError(f"more than {_MAX_NODES:,} decisions")
         sizes = [self.nodes[i].size for i in children] or [1]
         size = max(sizes) if kind == "either" else sum(sizes)
         self.nodes.append(Node(kind, tuple(children), size, cell))

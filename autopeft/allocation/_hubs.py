@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from autopeft.allocation import _mckp
-from autopeft.allocation._forest import Forest, Priced, TooMany, cheapest_bound, family, forest_of
+from autopeft.allocation._forest import Forest, Priced, cheapest_bound, family, forest_of
 from autopeft.allocation._groups import Group, pareto
 from autopeft.core.menu import Option
 
@@ -85,7 +85,7 @@ def solve(
                 best.left = max(best.left, bound if slack > tolerance else 0.0)
                 continue
             best.take([g for i in nodes for g in _pieces(forest, priced, i, slack, limit)], bound)
-    except TooMany:
+    except OverflowError:
         return None
     return HubPacking(tuple(sorted(best.chosen)), max(best.gain, best.left), priced.price)
 
@@ -145,7 +145,7 @@ def _plans(forest: Forest, priced: Priced, floor: float) -> list[tuple[float, li
         else:
             done.append((bound, ready))
             if len(done) > _MAX_PLANS:
-                raise TooMany
+                raise OverflowError(f"more than {_MAX_PLANS:,} decisions about hubs")
     return done
 
 
@@ -183,7 +183,7 @@ def _front(forest: Forest, priced: Priced, i: int, slack: float, limit: int) -> 
         own = _front(forest, priced, child, slack, limit)
         reached += value[child]
         if len(total.costs) * len(own.costs) > _MAX_SETS:
-            raise TooMany
+            raise OverflowError(f"more than {_MAX_SETS:,} compatible sets")
         costs = (total.costs[:, None] + own.costs[None, :]).ravel()
         gains = (total.gains[:, None] + own.gains[None, :]).ravel()
         near = np.flatnonzero((reached - (gains - priced.price * costs) <= slack) & (costs <= limit))
