@@ -56,7 +56,11 @@ class Forest:
     known: dict[int, int] = field(default_factory=dict)
 
     def grow(self, cells: int) -> int:
-        """The node of a set of cells, given as a bit mask."""
+        """The node of a set of cells, given as a bit mask.
+
+        Raises:
+            OverflowError: when there are more nodes than are worth looking at.
+        """
         if cells not in self.known:
             parts = self.split(cells)
             if len(parts) == 1:
