@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Allocator",
     "Backend",
+    "Competition",
     "Exporter",
     "GroupMethod",
     "Inserted",
@@ -184,6 +185,40 @@ class GroupMethod(Method, Protocol):
 
     def parts(self, site: Site) -> tuple[tuple[Site, tuple[Slot, ...]], ...]:
         """The members of a group that it changes, each with the slots it occupies there; empty when it cannot."""
+        ...
+
+
+@runtime_checkable
+class Competition(Protocol):
+    """What a group's method builds when its members win and lose shares of one budget while they train.
+
+    Laws: `spent` is `start` until the first competition, never more than the schedule allows after it, and exactly
+    `end` once the last step has begun; who holds what is part of the saved state; the number of trained scalars does
+    not change.
+    """
+
+    @property
+    def start(self) -> int:
+        """The budget at the start."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """The budget at the end, not more than at the start."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What is shared: `entries` of the change, `ranks`."""
+        ...
+
+    @property
+    def spent(self) -> int:
+        """What the members hold together now."""
+        ...
+
+    def shares(self) -> Mapping[str, int]:
+        """Name of each member to what it holds now."""
         ...
 
 
