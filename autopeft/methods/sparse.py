@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -20,7 +20,7 @@ from autopeft.methods._host import is_plain, new_parameter
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._sparse import SparseConv, SparseLinear
 from autopeft.methods._spectrum import captured
-from autopeft.methods.base import Adapter
+from autopeft.methods.base import Adapter, Role
 
 __all__ = ["Sparse", "SparseAdapter", "SparseSlot"]
 
@@ -115,6 +115,8 @@ class SparseAdapter(Adapter):
         index: the positions, increasing.
         saved: whether the positions are saved; not needed where they can be found again from the host.
     """
+
+    rate_roles: ClassVar[Mapping[str, Role]] = {"values": "entries"}
 
     index: Tensor
     row_of: Tensor
