@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from autopeft.training.settings import DecayRule, HeadRule, RateRule
 
 __all__ = [
     "REFERENCE_COUNT",
-    "REFERENCE_RANK",
+    "REFERENCE_RANKS",
     "REFERENCE_WIDTH",
     "Sizes",
     "decay_factor",
@@ -29,11 +30,14 @@ __all__ = [
 REFERENCE_WIDTH = 128
 """Width of the model that the default learning rates were chosen on, the bundled vision transformer."""
 
-REFERENCE_RANK = 8
-"""Rank that the default learning rates are meant for under the rule `spectral`."""
+REFERENCE_RANKS: Mapping[Role, int] = MappingProxyType({"core": 8, "down": 1, "up": 1})
+"""Ranks that the default learning rates were chosen with: what 0.1 % buys of each on the bundled model."""
 
 REFERENCE_COUNT = 1211
 """Trainable scalars of the plans that the default learning rates were chosen on: 0.1 % of the bundled model."""
+
+_LEAST_CORE = 4
+"""Rank below which the rate of a core stops rising under `spectral`; measured in studies/lr_rules."""
 
 _MIDDLE = 0.75
 """Exponent of the rule `count`."""
@@ -69,10 +73,10 @@ def rate_factor(rule: RateRule, sizes: Sizes) -> float:
       over all d inputs takes `eta ~ 1 / d`, every other `eta ~ 1`. The first are `down` and `dense`, and `entries` at
       a fixed share of the weight. `up` (fed by r features of order 1), `core` and `vector` keep their rate.
     - `spectral`: a step changes the spectral norm of W by the same multiple of `sqrt(k / d)` at every width and rank.
-      `core` between orthonormal bases: `||U dM V^T||_2 = eta r`, so `eta ~ 1 / r`. `down` and `up`: for A of
-      orthonormal rows `||dB A||_2 = eta sqrt(k r)`, so `eta ~ 1 / sqrt(d r)`, and the same for A when B has grown at
-      that rate. `entries`, n on k rows: `eta n / sqrt(k d)`, so `eta ~ 1 / (n / k)`, but no more than for one entry
-      per row. `dense`: `1 / d`. Vectors keep theirs.
+      `core` between orthonormal bases: `||U dM V^T||_2 = eta r`, so `eta ~ 1 / r`, but no more than at rank 4. `down`
+      and `up`: for A of orthonormal rows `||dB A||_2 = eta sqrt(k r)`, so `eta ~ 1 / sqrt(d r)`, and the same for A
+      when B has grown at that rate. `entries`, n on k rows: the norm is `eta n / sqrt(k d)`, so
+      `eta ~ 1 / (n / k)`, but no more than at one entry per row. `dense`: `1 / d`. Vectors keep theirs.
     - `count`: all rates of a plan of n scalars fall as `(REFERENCE_COUNT / n)^(3/4)`, and are never raised. A step
       along the signs lowers the loss by `eta ||g||_1`. When scalars are added, the gradient's energy `||g||_2^2`
       stays as it is at the least, and grows in proportion to n where all directions are alike: `||g||_1` goes as
@@ -90,7 +94,8 @@ def rate_factor(rule: RateRule, sizes: Sizes) -> float:
     width = REFERENCE_WIDTH / sizes.width
     if rule == "width":
         return width if sizes.role in ("down", "dense", "entries") else 1.0
-    rank = REFERENCE_RANK / sizes.rank
+    low = max(sizes.rank, _LEAST_CORE) if sizes.role == "core" else sizes.rank
+    rank = REFERENCE_RANKS.get(sizes.role, low) / low
     by_role: Mapping[Role, float] = {
         "core": rank,
         "down": math.sqrt(width * rank),
@@ -132,10 +137,9 @@ def head_factor(rule: HeadRule, parameter: nn.Parameter) -> float:
 def sizes_of(inserted: Inserted, methods: Mapping[str, Method]) -> dict[int, Sizes]:
     """Sizes of every trainable tensor of a plan, by the tensor's `id`.
 
-    A part's `rate_roles` name the roles. Where they do not, the method's family and the shape tell: single entries are
-    `entries`; what belongs to `vector` or `tokens`, and whatever has fewer than two dimensions, is `vector`; a matrix
-    one of whose sides is the host's input or output alone is `down` or `up`, another wide one `down`, another tall
-    one `up`, a square one `core`.
+    A part's `rate_roles` name the roles. Where they do not, the method's family and the shape tell, and what they do
+    not tell keeps its rate as a `vector`: a matrix of the families `matrix` and `adapter` is `down` or `up` by the side
+    of the host that is its longer one, or, on a square host, by being wide or tall; one of the family `core` is `core`.
 
     The width of a host is the smaller side of its weight, which in a transformer is the width of the residual stream
     on every matrix. Of a depthwise convolution, and of one that reads the image, it is `REFERENCE_WIDTH`: they sum
@@ -154,6 +158,8 @@ def sizes_of(inserted: Inserted, methods: Mapping[str, Method]) -> dict[int, Siz
         named: Mapping[str, Role] = part.rate_roles if isinstance(part, Part) else {}
         for name, parameter in part.named_parameters():
             role = named.get(name) or _infer(methods[option.method].family, parameter, site)
+            if role == "entries" and (site is None or not site.is_matrix or part.slots != ("weight",)):
+                role = "vector"  # Entries of a bias or of a norm.
             rows = site.out_features if site is not None and site.kind != "group" else 1
             found[id(parameter)] = Sizes(
                 role=role,
@@ -166,19 +172,17 @@ def sizes_of(inserted: Inserted, methods: Mapping[str, Method]) -> dict[int, Siz
 
 
 def _infer(family: str, parameter: nn.Parameter, site: Site | None) -> Role:
-    if family == "entries":
-        return "entries"
-    if family in ("vector", "tokens") or parameter.ndim < 2:
+    if parameter.ndim != 2 or family not in ("matrix", "adapter", "core"):
         return "vector"
-    rows, columns = parameter.shape[0], parameter[0].numel()
-    if rows == columns:
+    if family == "core":
         return "core"
-    if site is not None and site.is_matrix and site.in_features != site.out_features:
+    rows, columns = parameter.shape
+    if rows == columns:
+        return "vector"
+    if family == "matrix" and site is not None and site.is_matrix and site.in_features != site.out_features:
         long = max(rows, columns)
-        if long == site.in_features:
-            return "down"
-        if long == site.out_features and family == "matrix":
-            return "up"
+        if long in (site.in_features, site.out_features):
+            return "down" if long == site.in_features else "up"
     return "down" if rows < columns else "up"
 
 
