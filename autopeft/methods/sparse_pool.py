@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from autopeft.core.budget import Cost
 from autopeft.core.menu import Indices, Option
@@ -20,6 +19,7 @@ from autopeft.core.site import Site
 from autopeft.errors import UsageError
 from autopeft.methods._chosen import best_entries, smallest_entries
 from autopeft.methods._competition import Competing
+from autopeft.methods._dense_gradient import DenseGradient
 from autopeft.methods._grouped import Grouped, member_evidence, member_signal
 from autopeft.methods._host import is_plain, new_parameter
 from autopeft.methods._sizes import check_size, powers_of_two
@@ -272,7 +272,7 @@ class SparsePoolAdapter(Adapter):
         if not watching:
             return y
         # Without a value of its own, a weight's gradient is wanted all the same.
-        seen: Tensor = _Watched.apply(y, x, shared.values[:0].sum(), self._note, self.site.shape, self._geometry)
+        seen: Tensor = DenseGradient.apply(y, x, shared.values[:0].sum(), self._note, self.site.shape, self._geometry)
         return seen
 
     def _note(self, dense: Tensor) -> None:
@@ -303,45 +303,3 @@ class SparsePoolAdapter(Adapter):
         if self._shared[0].watching and dense.requires_grad:
             dense.register_hook(self._note)  # type: ignore[no-untyped-call]  # torch gives no types
         return {"weight": dense}
-
-
-class _Watched(Function):
-    """`y`, whose backward pass shows the gradient of a weight that would map x to y.
-
-    Arguments of `apply`: y; x; a scalar that requires a gradient and gets zero; what is told; shape of the weight;
-    stride, padding, dilation and groups of a convolution, None for a Linear.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        anchor: Tensor,
-        note: Callable[[Tensor], None],
-        shape: tuple[int, ...],
-        geometry: tuple[Any, ...] | None,
-    ) -> Tensor:
-        """A view."""
-        ctx.save_for_backward(x)
-        ctx.plan = note, shape, geometry
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The dense gradient lives until it is noted."""
-        (x,) = ctx.saved_tensors
-        note, shape, geometry = ctx.plan
-        with torch.no_grad():
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            if geometry is None:
-                note(grad.reshape(-1, grad.shape[-1]).to(wide).T @ x.reshape(-1, x.shape[-1]).to(wide))
-            else:
-                *window, groups = geometry
-                weight = x.new_zeros(shape, dtype=wide)
-                note(
-                    torch.ops.aten.convolution_backward(
-                        grad.to(wide), x.to(wide), weight, None, *window, False, (0, 0), groups, (False, True, False)
-                    )[1]
-                )
-        return grad, None, grad.new_zeros(()), None, None, None

@@ -12,6 +12,7 @@ from autopeft.core.menu import Indices, Option
 from autopeft.core.scores import Evidence, TensorEvidence
 from autopeft.core.site import Place, Site
 from autopeft.errors import UsageError
+from autopeft.methods._dense_gradient import DenseGradient
 from autopeft.methods.sparse_pool import SparsePool, SparsePoolShared
 from autopeft.models.scan import scan
 from autopeft.testing._method_cases import ground_of
@@ -115,6 +116,23 @@ def test_an_exchange_equals_one_worked_on_dense_gradients(position: list[int]) -
     shared.values.grad = None
     _loss(shared, x, images).backward()
     torch.testing.assert_close(shared.values.grad, dense[shared.position.long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_a_weight_that_is_not_there(dtype: torch.dtype) -> None:
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, bias=False).to(dtype)
+    linear = nn.Linear(5, 3, bias=False).to(dtype)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    for host, x, known in ((conv, torch.randn(2, 4, 7, 7), geometry), (linear, torch.randn(2, 4, 5), None)):
+        x = x.to(dtype).requires_grad_()
+        host(x).pow(3).sum().backward()
+        expected, seen, anchor = x.grad.clone(), [], torch.zeros((), dtype=dtype, requires_grad=True)
+        x.grad = None
+        y = F.conv2d(x, host.weight.detach(), None, *known) if known else F.linear(x, host.weight.detach())
+        DenseGradient.apply(y, x, anchor, seen.append, host.weight.shape, known).pow(3).sum().backward()
+        torch.testing.assert_close(seen, [host.weight.grad])
+        torch.testing.assert_close(x.grad, expected)
+        assert anchor.grad == 0
 
 
 def test_nothing_dense_outside_of_the_steps_before_an_exchange() -> None:
