@@ -90,7 +90,7 @@ class SparsePool(Grouped):
         return powers_of_two(self.entries(site) // 2)
 
     def cost(self, site: Site, size: int) -> Cost:
-        """Per entry a value, and a position of 32 bits (64 in groups of 2^31 entries and more) beside it."""
+        """`n` values; beside each a position of 32 bits is stored, of 64 in groups of 2^31 entries and more."""
         n = check_size("sparse_pool", site, size, self.sizes(site))
         bits = 32 if self.entries(site) < 1 << 31 else 64
         return Cost(trainable=n, stored=2 * n, bits=(32 + bits) * n, entries=n, tensors=2)
