@@ -1,12 +1,24 @@
-"""torch's gradient hooks, which it does not type."""
+"""torch's gradient hooks, which it does not type, and the precision of a forward pass."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-__all__ = ["backward", "when_complete", "when_known"]
+__all__ = ["Amp", "backward", "forward_in", "when_complete", "when_known"]
+
+Amp = Literal["off", "bf16"]
+"""Whether the forward pass runs under autocast to bfloat16. Parameters and sums of gradients stay as they are."""
+
+
+def forward_in(amp: Amp, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The context of a forward pass; the backward pass follows outside of it, in the precision of each operation."""
+    # Not a disabled autocast: a caller's own is left alone.
+    return torch.autocast(device.type, torch.bfloat16) if amp == "bf16" else contextlib.nullcontext()
 
 
 def backward(loss: Tensor) -> None:

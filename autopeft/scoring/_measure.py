@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopeft.core.contracts import Task
 from autopeft.core.scores import ScoreOrigin
 from autopeft.core.site import Catalog
 from autopeft.errors import DataError
 from autopeft.scoring._batches import portions
+from autopeft.scoring._hooks import forward_in
 from autopeft.scoring._hosts import Hosts, Known
 from autopeft.scoring._moments import Moments
 from autopeft.scoring._per_sample import PerSample
+from autopeft.scoring._ranks import Ranks
 from autopeft.scoring._streaming import Streaming
 from autopeft.scoring.borrow import borrowed
 
@@ -59,33 +61,55 @@ class Measured:
 def measure(settings: Gradient, model: nn.Module, catalog: Catalog, task: Task, seed: int) -> Measured:
     """Moments of the gradient of every tensor of a catalogue over the inner split.
 
+    Where a process group exists, its ranks share the batches and all of them get the same sums.
+
     Raises:
+        AutopeftError: when another rank failed.
         DataError: when there is no batch to look at.
         Diverged: when a loss is not finite.
-        UsageError: when the catalogue is not of this model, or the model uses reentrant checkpointing.
+        UsageError: when the catalogue is not of this model, the model uses reentrant checkpointing, or ranks were not
+            given the same.
     """
     start = time.perf_counter()
     hosts = Hosts(model, catalog)
     blocks = {s.name: (s, model.get_submodule(s.module)) for s in hosts.blocks} if settings.blocks else {}
     moments: dict[str, Moments] = {}
     samples, units = [0, 0], 0
+    like = next(iter(hosts.parameters.values()))
+    ranks = Ranks(like.device)
     # A sample by itself is a batch of one: the same gradients, without the machinery.
     whole = settings.mode == "per_batch" or settings.batch_size == 1
-    with borrowed(model, hosts.parameters.values()), torch.enable_grad(), contextlib.ExitStack() as stack:
-        streaming = Streaming(hosts.parameters, blocks, moments, settings.halves)
-        per_sample = PerSample(model, catalog, hosts, blocks, moments, settings)
-        if whole:
-            stack.enter_context(streaming.attached())
-        for batch, n, half in portions(task, settings, seed):
-            samples[half] += n
-            units += 1 if whole else n
-            if whole:
-                streaming.step(lambda batch=batch: task.loss(model, batch), n, half)  # type: ignore[misc]
-            else:
-                per_sample.step(task, batch, n, half)
+    with borrowed(model, hosts.parameters.values()), torch.enable_grad():
+
+        def work() -> float:
+            nonlocal units
+            streaming = Streaming(hosts.parameters, blocks, moments, settings.halves)
+            per_sample = PerSample(model, catalog, hosts, blocks, moments, settings)
+            with contextlib.ExitStack() as stack:
+                if whole:
+                    stack.enter_context(streaming.attached())
+                for number, (batch, n, half) in enumerate(portions(task, settings, seed)):
+                    if not ranks.mine(number):
+                        if not whole:
+                            per_sample.decide(task, batch, n)
+                        continue
+                    samples[half] += n
+                    units += 1 if whole else n
+                    if whole:
+
+                        def loss(batch: object = batch) -> Tensor:
+                            with forward_in(settings.amp, like.device):
+                                return task.loss(model, batch)
+
+                        streaming.step(loss, n, half)
+                    else:
+                        per_sample.step(task, batch, n, half)
+            return time.perf_counter() - start
+
+        seconds = ranks.together(work, f"{settings!r} {catalog.fingerprint} {task.data_hash} {seed}")
+        *samples, units = ranks.sums([*samples, units])
         if not samples[0] or (settings.halves and not samples[1]):
             raise DataError(f"the inner split gave {sum(samples)} samples, too few batches to score")
-        like = next(iter(hosts.parameters.values()))
         known: dict[str, Known] = {}
         for key in (*hosts.parameters, *blocks):
             if key not in moments:
@@ -93,5 +117,12 @@ def measure(settings: Gradient, model: nn.Module, catalog: Catalog, task: Task, 
                 n_channels = blocks[key][0].shape[0] if parameter is None else 0
                 shape = torch.Size((n_channels, n_channels)) if parameter is None else parameter.shape
                 moments[key] = Moments(shape, like if parameter is None else parameter, settings.halves)
-            known[key] = moments.pop(key).known((samples[0], samples[1]))
-    return Measured(hosts, known, sum(samples), units, time.perf_counter() - start)
+            elif key in blocks and ranks.number > 1:
+                moments[key].to(like)
+            found = moments.pop(key)
+            for tensor in (*found.first, found.second):
+                ranks.add_up(tensor)
+            known[key] = found.known((samples[0], samples[1]))
+    if ranks.number == 1:
+        seconds = time.perf_counter() - start
+    return Measured(hosts, known, sum(samples), units, seconds)

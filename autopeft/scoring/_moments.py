@@ -40,6 +40,12 @@ class Moments:
         """The squares of the gradients of several samples along axis 0."""
         self.second.add_(gradients.to(self.second.dtype).square().sum(0))
 
+    def to(self, like: Tensor) -> None:
+        """Move the sums to where those of `like` would be kept, in their type."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.first = [first.to(like.device, dtype) for first in self.first]
+        self.second = self.second.to(like.device, dtype)
+
     def known(self, samples: tuple[int, int]) -> Known:
         """Mean gradients over so many samples in each half of the pass, and the sum of squares, on the CPU.
 

@@ -14,11 +14,11 @@ from autopeft.core.site import Catalog, Slot
 from autopeft.errors import UsageError
 from autopeft.scoring._batches import take
 from autopeft.scoring._formulas import FORMULA_ERRORS, sample_gradients
-from autopeft.scoring._hooks import backward, when_complete, when_known
+from autopeft.scoring._hooks import backward, forward_in, when_complete, when_known
 from autopeft.scoring._hosts import Hosts
 from autopeft.scoring._moments import Moments
 from autopeft.scoring._streaming import Streaming, refuse_reentrant, usable_loss
-from autopeft.scoring._taps import Blocks, Tap, requiring, taps_of
+from autopeft.scoring._taps import Blocks, Tap, dropping, requiring, taps_of
 
 if TYPE_CHECKING:
     from autopeft.scoring.gradient import Gradient
@@ -40,7 +40,8 @@ class PerSample:
     output alone, and the formula's sum over samples is autograd's gradient. (2) Parameters with a leading axis of
     one (class token, position embedding): one copy per sample takes the parameter's place, used under the same two
     conditions. (3) Everything else, such as a layer that runs twice, a norm with an activation inside or a relative
-    position table: a forward and backward pass per sample.
+    position table: a forward and backward pass per sample. What is exact does not depend on the precision: it is
+    found out without autocast.
 
     Args:
         model: the model, borrowed, in evaluation mode.
@@ -65,6 +66,7 @@ class PerSample:
         self._blocks = blocks
         self._moments = moments
         self._settings = settings
+        self._device = next(iter(hosts.parameters.values())).device
         self._taps, self._held = taps_of(model, catalog, hosts, blocks)
         self._phase: Literal["layout", "check", "measure"] = "measure"
         self._samples = 0
@@ -93,12 +95,22 @@ class PerSample:
         if samples == 1:
             self._one_by_one(task, batch, 1, (*self._parameters, *self._blocks))
             return
-        if not self._ready:
-            self._decide(task, batch)
+        self.decide(task, batch, samples)
         if self._by_formula or self._by_copy:
             self._together(task, batch)
         if self._rest:
             self._one_by_one(task, batch, samples, self._rest)
+
+    def decide(self, task: Task, batch: Any, samples: int) -> None:
+        """Find out which way is exact, unless that is known; batches of one sample tell nothing.
+
+        Raises:
+            AutopeftError: as `step` does.
+        """
+        if self._ready or samples == 1:
+            return
+        self._samples = samples
+        self._decide(task, batch)
 
     # -- the three ways ------------------------------------------------------------------------------------------
 
@@ -121,10 +133,15 @@ class PerSample:
         blocks = {name: block for name, block in self._blocks.items() if name in keys}
         streaming = Streaming(parameters, blocks, self._moments, self._settings.halves)
         needed = self._parameters if blocks else parameters
-        with streaming.attached(), self._dropping(set(needed) - set(parameters)), requiring(self._parameters, needed):
+        dropped = [p for key, p in needed.items() if key not in parameters]
+        with streaming.attached(), dropping(dropped), requiring(self._parameters, needed):
             for i in range(samples):
-                one = take(batch, i, i + 1)
-                streaming.step(lambda one=one: task.losses(self._model, one).sum(), 1.0, self._half)  # type: ignore[misc]
+
+                def loss(i: int = i) -> Tensor:
+                    with self._precision():
+                        return task.losses(self._model, take(batch, i, i + 1)).sum()
+
+                streaming.step(loss, 1.0, self._half)
 
     # -- which way is exact --------------------------------------------------------------------------------------
 
@@ -168,7 +185,8 @@ class PerSample:
     def _losses(self, task: Task, batch: Any) -> Tensor:
         self._forward = True
         try:
-            losses = usable_loss(task.losses(self._model, batch))
+            with self._precision():
+                losses = usable_loss(task.losses(self._model, batch))
         finally:
             # Non-reentrant checkpointing calls the modules again during the backward pass.
             self._forward = False
@@ -179,6 +197,10 @@ class PerSample:
             )
         return losses
 
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        deciding = not self._ready and self._samples > 1
+        return forward_in("off" if deciding else self._settings.amp, self._device)
+
     @contextlib.contextmanager
     def _tapped(self) -> Iterator[None]:
         """Have the hooks on the layers, and on the parameters that the formulas are for."""
@@ -188,16 +210,6 @@ class PerSample:
                     stack.callback(tap.module.register_forward_hook(self._watcher(name, tap)).remove)
             for key, parameter in self._parameters.items():
                 stack.callback(when_complete(parameter, self._consumer(key)))
-            yield
-
-    @contextlib.contextmanager
-    def _dropping(self, keys: Collection[str]) -> Iterator[None]:
-        def drop(parameter: Tensor) -> None:
-            parameter.grad = None
-
-        with contextlib.ExitStack() as stack:
-            for key in keys:
-                stack.callback(when_complete(self._parameters[key], drop))
             yield
 
     @contextlib.contextmanager
@@ -222,6 +234,8 @@ class PerSample:
                 x = y.detach().clone()  # later layers may change it in place
             elif inputs and isinstance(inputs[0], Tensor):
                 x = inputs[0].detach()
+                if self._settings.amp != "off":
+                    x = x.to(y.dtype)  # as the layer itself multiplied it
             else:
                 return
             if self._phase == "layout":
@@ -267,7 +281,10 @@ class PerSample:
         for start in range(0, self._samples, self._settings.chunk):
             n = min(self._settings.chunk, self._samples - start)
             part = slice(start * rows, (start + n) * rows)
-            yield sample_gradients(tap.site, tap.module, slot, x[part], dy[part], n)
+            a, b = x[part], dy[part]
+            if self._settings.amp != "off":
+                a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))
+            yield sample_gradients(tap.site, tap.module, slot, a, b, n)
 
     def _consumer(self, key: str) -> Callable[[Tensor], None]:
         def consume(parameter: Tensor) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from autopeft.core.site import Catalog, Site, Slot
+from autopeft.scoring._hooks import when_complete
 from autopeft.scoring._hosts import Hosts
 
-__all__ = ["Blocks", "Tap", "requiring", "taps_of"]
+__all__ = ["Blocks", "Tap", "dropping", "requiring", "taps_of"]
 
 Blocks = Mapping[str, tuple[Site, nn.Module]]
 
@@ -49,6 +50,19 @@ def taps_of(
         for slot in [slot for slot, key in tap.keys.items() if key in shared]:
             del tap.keys[slot]
     return taps, {key: holder for key, holder in held.items() if key not in shared}
+
+
+@contextlib.contextmanager
+def dropping(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Free the gradients of these parameters as soon as they are complete."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    with contextlib.ExitStack() as stack:
+        for parameter in parameters:
+            stack.callback(when_complete(parameter, drop))
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from autopeft.core.contracts import Task
 from autopeft.core.scores import Scores
 from autopeft.core.site import Catalog
 from autopeft.errors import UsageError
+from autopeft.scoring._hooks import Amp
 from autopeft.scoring._hosts import assemble
 from autopeft.scoring._measure import measure
 
@@ -44,6 +45,11 @@ class Gradient:
     `per_sample` computes the same signal, and squares from each layer's saved input and output gradient, `chunk`
     samples at a time; what no formula is exact for takes a pass per sample.
 
+    Where `torch.distributed` is initialised, every rank of the default group must call `score` with the same model,
+    catalogue, task, settings and seed. Rank r of R passes every batch whose number is r modulo R through the model, the
+    sums are added up over the ranks, and all of them return the same scores: those of one rank, but for the rounding
+    of sums in another order.
+
     Attributes:
         mode: what is squared: the mean gradient of a batch, or the gradient of a sample.
         batch_size: samples per micro-batch.
@@ -56,6 +62,8 @@ class Gradient:
         blocks: whether the output matrices of residual blocks are kept.
         chunk: samples whose gradients of one tensor are formed together, in mode `per_sample`; results do not depend
             on it.
+        amp: `bf16` runs the forward pass under autocast to bfloat16, with gradients of eight significant bits; sums
+            are kept in float32 all the same.
     """
 
     mode: Mode = "per_batch"
@@ -67,9 +75,10 @@ class Gradient:
     squares: bool = False
     blocks: bool = True
     chunk: int = 8
+    amp: Amp = "off"
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", get_args(Mode)), ("order", get_args(Order))):
+        for name, known in (("mode", get_args(Mode)), ("order", get_args(Order)), ("amp", get_args(Amp))):
             if getattr(self, name) not in known:
                 raise UsageError(f"gradient.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "max_batches", "max_samples", "chunk"):
@@ -90,6 +99,7 @@ class Gradient:
             seed: of the order and augmentation of the samples.
 
         Raises:
+            AutopeftError: when another rank failed.
             DataError: when the inner split is too small.
             Diverged: when a loss or a score is not finite.
             UsageError: when the catalogue is of another model, or the model uses reentrant checkpointing.

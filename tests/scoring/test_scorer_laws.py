@@ -27,6 +27,18 @@ class TestGradientPerSample(ScorerLaws):
         return Gradient(mode="per_sample", batch_size=16, chunk=3)
 
 
+class TestGradientInBfloat16(ScorerLaws):
+    def make(self) -> Scorer:
+        return Gradient(halves=True, amp="bf16")
+
+
+class TestGradientPerSampleInBfloat16(ScorerLaws):
+    models = ("vit",)
+
+    def make(self) -> Scorer:
+        return Gradient(mode="per_sample", amp="bf16")
+
+
 class TestFisher(ScorerLaws):
     def make(self) -> Scorer:
         return Fisher()
