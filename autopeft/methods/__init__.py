@@ -29,6 +29,7 @@ BUILTIN = {
     "s2ft": "autopeft.methods.s2ft:S2FT",
     "sara": "autopeft.methods.sara:SaRA",
     "shared_core": "autopeft.methods.shared_core:SharedCore",
+    "snell": "autopeft.methods.snell:SNELL",
     "snella": "autopeft.methods.snella:SNELLA",
     "sparse": "autopeft.methods.sparse:Sparse",
     "sparse_pool": "autopeft.methods.sparse_pool:SparsePool",
