@@ -137,8 +137,8 @@ class SparseAdapter(Adapter):
             self._geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
             self._pointwise = self._geometry == ((1, 1), (0, 0), conv.dilation, 1) and conv.kernel_size == (1, 1)
         if plain and slot == "weight" and self._pointwise:
-            rows, row_of = torch.unique(index // site.in_features, return_inverse=True)
-            columns, col_of = torch.unique(index % site.in_features, return_inverse=True)
+            rows, row_of = _touched(index // site.in_features, site.out_features)
+            columns, col_of = _touched(index % site.in_features, site.in_features)
             for name, tensor in (("rows", rows), ("row_of", row_of), ("columns", columns), ("col_of", col_of)):
                 self.register_buffer(name, tensor.to(device), persistent=False)
 
@@ -152,8 +152,10 @@ class SparseAdapter(Adapter):
             return conv
         last = x.movedim(axis, -1)
         touched = SparseLinear.apply(last, self.entries(), self.row_of, self.col_of, len(self.rows), self.columns)
-        full = touched.new_zeros(*touched.shape[:-1], self.site.out_features).index_copy(-1, self.rows, touched)
-        added: Tensor = full.movedim(-1, axis)
+        if len(self.rows) < self.site.out_features:
+            full = touched.new_zeros(*touched.shape[:-1], self.site.out_features)
+            touched = full.index_copy_(-1, self.rows, touched)
+        added: Tensor = touched.movedim(-1, axis)
         return added
 
     def delta(self) -> dict[str, Tensor]:
@@ -167,3 +169,12 @@ class SparseAdapter(Adapter):
     def _dense(self) -> Tensor:
         flat = self.values.new_zeros(torch.Size(self._shape).numel())
         return flat.index_put((self.index.long(),), self.entries()).view(self._shape)
+
+
+def _touched(places: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Which of n rows (columns) are touched, and the number of each entry's among them.
+
+    Where it is over a quarter of them, all are, which saves a copy of what they are taken from or put into.
+    """
+    touched, number = torch.unique(places, return_inverse=True)
+    return (torch.arange(n), places) if 4 * len(touched) > n else (touched, number)

@@ -1,16 +1,33 @@
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autopeft.backends._forward import HostForward
+from autopeft.backends.native import Native
+from autopeft.core.allocation import Allocation
+from autopeft.core.budget import Budget
+from autopeft.core.menu import Indices, Option
+from autopeft.core.places import places_of
+from autopeft.core.site import Place
 from autopeft.errors import UsageError
 from autopeft.methods import _sparse
 from autopeft.methods._chosen import best_entries
+from autopeft.methods.lora import LoRA
 from autopeft.methods.sparse import Sparse
+from autopeft.models.scan import scan
+from autopeft.testing.memory import LiveBytes
+from autopeft.testing.tiny import tiny_vit
+from autopeft.testing.toy_task import ToyTask
 
 ENTRIES = [0, 3, 7, 8, 13, 21, 22, 29]
 
@@ -88,6 +105,77 @@ def test_linear_gradcheck_first_and_second_order(site_of, build) -> None:
     assert torch.autograd.gradgradcheck(run, (x, values))
 
 
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (2, 2, 3, 5)])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_gradcheck_at_every_rank(site_of, build, monkeypatch, shape: tuple[int, ...], compressed: bool) -> None:
+    monkeypatch.setattr(_sparse, "_CSR_DENSITY", 1.0 if compressed else 0.0)
+    if not compressed:
+        monkeypatch.setattr(_sparse, "_compressible", lambda x, values: False)
+    host = nn.Linear(5, 6).double()
+    adapter = build(Sparse(), site_of(host), host, len(ENTRIES), ENTRIES)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(len(ENTRIES), dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, values: Tensor) -> Tensor:
+        return torch.func.functional_call(_Branch(adapter), {"adapter.values": values}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, values))
+    dense = torch.zeros(30, dtype=torch.float64).index_put((torch.tensor(ENTRIES),), values).view(6, 5)
+    torch.testing.assert_close(run(x, values), F.linear(x, dense), rtol=1e-12, atol=1e-12)
+
+
+def _gradients(adapter: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    adapter.values.grad = None
+    adapter.branch(x).sin().sum().backward()
+    return x.grad, adapter.values.grad
+
+
+@pytest.mark.parametrize("way", ["sampled", "gathered", "convolution"])
+def test_chunks_and_runs_change_nothing(site_of, build, monkeypatch, way: str) -> None:
+    """One entry, a few, all of them at a time: within 1e-12; the same twice: to the bit."""
+    monkeypatch.setattr(_sparse, "_CONV_DENSITY", 1.0)
+    if way != "sampled":
+        monkeypatch.setattr(_sparse, "_compressible", lambda x, values: False)
+    host = (nn.Conv2d(6, 8, 3, stride=2, padding=1) if way == "convolution" else nn.Linear(30, 40)).double()
+    x = torch.randn(3, 6, 9, 8) if way == "convolution" else torch.randn(3, 7, 30)
+    adapter = build(Sparse(), site_of(host), host, 32, list(range(5, 421, 13)))
+    nn.init.normal_(adapter.values)
+    found = {}
+    for chunk in (1, 100, 1 << 20):
+        monkeypatch.setattr(_sparse, "_CHUNK", chunk)
+        found[chunk] = _gradients(adapter, x.double())
+        for one, two in zip(found[chunk], _gradients(adapter, x.double()), strict=True):
+            assert torch.equal(one, two)
+    for chunk in (1, 100):
+        for one, two in zip(found[chunk], found[1 << 20], strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": (2, 3), "groups": 2, "dilation": (1, 2), "padding": (2, 0), "stride": (1, 2)},
+        {"kernel_size": 2, "stride": 2},
+    ],
+)
+def test_few_kernel_entries_are_gathered(site_of, build, monkeypatch, conv: dict) -> None:
+    monkeypatch.setattr(_sparse, "_CONV_DENSITY", 1.0)
+    monkeypatch.setattr(_sparse, "_CHUNK", 64)
+    host = nn.Conv2d(4, 6, **conv).double()
+    site = site_of(host)
+    adapter = build(Sparse(), site, host, 5 if site.n_weight > 5 else 1, [0, 7, 11, 30, site.n_weight - 1])
+    nn.init.normal_(adapter.values)
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, values: Tensor) -> Tensor:
+        return torch.func.functional_call(_Branch(adapter), {"adapter.values": values}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, adapter.values))
+    assert torch.autograd.gradgradcheck(run, (x, adapter.values))
+
+
 class _Largest(TorchDispatchMode):
     """Remembers the largest tensor that any operation makes."""
 
@@ -99,8 +187,114 @@ class _Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, tuple | list) else (out,):
             if isinstance(t, Tensor):
-                self.numel = max(self.numel, t.numel())
+                self.numel = max(self.numel, t._nnz() if t.layout == torch.sparse_csr else t.numel())
         return out
+
+
+@pytest.mark.parametrize("host", [nn.Linear(200, 300), nn.Conv2d(64, 96, 3, padding=1)])
+def test_no_dense_gradient_of_a_weight(site_of, build, host: nn.Module) -> None:
+    """The backward makes nothing of the weight's size, but for a convolution's transient kernel for its input."""
+    site = site_of(host)
+    adapter = build(Sparse(), site, host, 64, list(range(0, 64 * 700, 700)))
+    x = torch.randn(2, 4, 200) if site.kind == "linear" else torch.randn(1, 64, 3, 3)
+    y = adapter.branch(x)
+    with _Largest() as seen:
+        y.sum().backward()
+    assert seen.numel < site.n_weight / 5
+
+
+def test_unchosen_weights_stay_to_the_bit() -> None:
+    """With decay and momentum, under both optimisers, the merged weight differs at the chosen entries alone."""
+    model = tiny_vit()
+    catalog = scan(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    method = Sparse()
+    chosen: dict[str, Tensor] = {}
+    options = []
+    for site in catalog:
+        if site.kind != "linear" or site.parent or not method.slots(site):
+            continue
+        chosen[f"{site.module}.weight"] = index = torch.randperm(site.n_weight)[:4].sort().values
+        places = places_of(catalog, method, site)
+        options.append(Option(site.name, "sparse", 4, method.cost(site, 4), 0.0, places, Indices(index.numpy())))
+    assert len(options) > 3
+    task = ToyTask()
+    with Native().insert(model, catalog, Allocation(tuple(options), Budget(10**9)), {"sparse": method}) as inserted:
+        for make in (
+            functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
+            functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+        ):
+            adapters = [p for adapter in inserted.named_adapters().values() for p in adapter.parameters()]
+            optimizer = make(adapters)
+            for batch in task.batches("inner", seed=0):
+                optimizer.zero_grad()
+                task.loss(model, batch).backward()
+                optimizer.step()
+            sizes = [t.numel() for state in optimizer.state.values() for t in state.values() if t.ndim]
+            assert sum(sizes) % (4 * len(options)) == 0
+            assert max(sizes) == 4, "the state of an optimiser is of the chosen entries alone"
+        merged = inserted.merged_state()
+    for name, tensor in before.items():
+        changed = torch.nonzero((merged[name] != tensor).flatten()).flatten()
+        if name.startswith("head"):
+            continue
+        assert torch.equal(changed, chosen.get(name, changed[:0])), name
+
+
+def test_nothing_below_the_first_adapter_is_differentiated() -> None:
+    """No graph is built there: the input of the block that holds it requires no gradient, its output does."""
+    model = tiny_vit()
+    catalog = scan(model)
+    site = next(s for s in catalog if s.module == "blocks.1.mlp.fc1")
+    option = Option(
+        site.name,
+        "sparse",
+        2,
+        Sparse().cost(site, 2),
+        0.0,
+        (Place(site.name, "weight"),),
+        Indices(np.array([1, 9])),
+    )
+    flags: dict[str, tuple[bool, bool]] = {}
+    with Native().insert(model, catalog, Allocation((option,), Budget(10**9)), {"sparse": Sparse()}):
+        for name, module in model.named_modules():
+            module.register_forward_hook(
+                lambda m, given, out, name=name: flags.update({name: (given[0].requires_grad, out.requires_grad)})
+            )
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert flags["blocks.0"] == (False, False)
+    assert flags["blocks.1"] == (False, True)
+    assert flags["blocks.1.mlp.fc1"] == (False, True)
+
+
+def _peak(make: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Most bytes alive in a step of one ViT-B block on two images, one kind of adapter on its four linear layers."""
+    torch.manual_seed(0)
+    block = Block(768, 12, qkv_bias=True, init_values=None).requires_grad_(False)
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        adapter = make(layer)
+        if adapter is not None:
+            layer.adapter = adapter
+            layer.forward = HostForward(layer, layer.forward, [adapter])
+    # As inside of a model: something below is trained.
+    x = torch.randn(2, 197, 768, requires_grad=True)
+    with LiveBytes([*block.parameters(), *block.buffers(), x]) as bytes_:
+        block(x).sum().backward()
+    return bytes_.peak
+
+
+def test_memory_of_a_step_is_at_most_that_of_lora(site_of, build) -> None:
+    """Sparse entries at 0.1 % against LoRA of rank 8; the floor has no adapter at all."""
+
+    def sparse(layer: nn.Module) -> nn.Module:
+        site = site_of(layer)
+        n = 1 << round(math.log2(0.001 * site.n_weight))
+        entries = torch.randperm(site.n_weight)[:n].sort().values.tolist()
+        return build(Sparse(), site, layer, n, entries)
+
+    floor, entries, lora = (_peak(make) for make in (lambda _: None, sparse, lambda m: build(LoRA(), site_of(m), m, 8)))
+    print(f"floor {floor / 2**20:.1f} MiB, sparse {entries / floor:.4f}, LoRA-8 {lora / floor:.4f}")
+    assert floor < entries <= lora
 
 
 def test_backward_makes_nothing_quadratic_in_the_entries(site_of, build, monkeypatch) -> None:
