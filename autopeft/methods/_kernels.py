@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "KernelName", "KernelTiles"]
+from autopeft.methods._sparsifiers import Cut, Sparsifier
+
+__all__ = ["Distances", "Kernel", "KernelName", "KernelTiles"]
 
 KernelName = Literal["linear", "piecewise", "sigmoid", "rbf", "mixed"]
 """How a row of A and a row of B make one entry of the weight change."""
@@ -111,55 +114,85 @@ class Kernel:
     def tiles(self, A: Tensor, B: Tensor, s: Tensor, *, learn: bool) -> KernelTiles:
         """The kernel of one pass over tiles; `learn` says whether gradients of the scalars are wanted."""
         if self.name in ("piecewise", "mixed") and self.norm_p == 2.0:
-            return _Distances(self, A, B, s, learn)
+            return Distances(self, A, B, s, learn)
         return _Plain(self, A, B, s)
 
 
-class KernelTiles(Protocol):
-    """A kernel in tiles of columns, and the gradients that are collected from them."""
+class KernelTiles(ABC):
+    """A kernel in tiles of columns, and the gradients that are collected from them.
 
+    Args:
+        A: (in, r), without a graph from here on.
+        B: (out, r).
+        s: the kernel's scalars.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, s: Tensor) -> None:
+        self.A, self.B, self.s = A.detach().contiguous(), B.detach().contiguous(), s.detach()
+
+    @abstractmethod
     def value(self, start: int, stop: int) -> Tensor:
         """(out, stop - start); the caller may overwrite it."""
-        ...
 
+    @abstractmethod
     def pull(self, grad: Tensor) -> None:
         """Take in the gradient of the tile that `value` gave last; may overwrite it."""
-        ...
 
+    @abstractmethod
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of A, B and the scalars."""
-        ...
+
+    def change(
+        self, start: int, stop: int, sparsifier: Sparsifier, cut: Cut | None, offset: Tensor | None, grad: Tensor | None
+    ) -> Tensor:
+        """What the sparsifier makes of a tile.
+
+        Args:
+            start: first column.
+            stop: last column, exclusive.
+            sparsifier: what is done to the kernel.
+            cut: which entries stay; None for all.
+            offset: what is subtracted in these columns, or None.
+            grad: the gradient of the change in these columns, to take in; None for none.
+        """
+        kernel, number = self.value(start, stop), start * len(self.B)
+        if grad is not None:
+            # From a product the other way round, whose copy is quick.
+            pulled = torch.empty_like(kernel).copy_(grad)
+            self.pull(sparsifier.pull_(pulled, kernel, cut, number))
+        return sparsifier.apply_(kernel, cut, number, offset)
 
 
-class _Plain:
+class _Plain(KernelTiles):
     """Any kernel, by automatic differentiation of each tile."""
 
     def __init__(self, kernel: Kernel, A: Tensor, B: Tensor, s: Tensor) -> None:
-        self._kernel, self._A = kernel, A.detach()
-        self._B, self._s = B.detach().requires_grad_(), s.detach().requires_grad_()
-        self._grad_A, self._grad_B, self._grad_s = (torch.zeros_like(t, requires_grad=False) for t in (A, B, s))
-        self._last: tuple[int, int] = (0, 0)
+        super().__init__(A, B, s)
+        self._kernel = kernel
+        self._leaves = self.B.clone().requires_grad_(), self.s.clone().requires_grad_()
+        self._grads = tuple(torch.zeros_like(t) for t in (self.A, self.B, self.s))
+        self._last = (0, 0)
 
     def value(self, start: int, stop: int) -> Tensor:
         """See `KernelTiles.value`."""
         self._last = (start, stop)
         with torch.no_grad():
-            return self._kernel.value(self._A[start:stop], self._B, self._s)
+            return self._kernel.value(self.A[start:stop], self.B, self.s)
 
     def pull(self, grad: Tensor) -> None:
         """See `KernelTiles.pull`."""
         start, stop = self._last
         with torch.enable_grad():
-            rows = self._A[start:stop].requires_grad_()
-            inputs = (rows, self._B, self._s)
+            inputs = (self.A[start:stop].requires_grad_(), *self._leaves)
             found = torch.autograd.grad(self._kernel.value(*inputs), inputs, grad)
-        self._grad_A[start:stop] = found[0]
-        self._grad_B += found[1]
-        self._grad_s += found[2]
+        self._grads[0][start:stop] = found[0]
+        for total, part in zip(self._grads[1:], found[1:], strict=True):
+            total += part
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `KernelTiles.gradients`."""
-        return self._grad_A, self._grad_B, self._grad_s
+        grad_A, grad_B, grad_s = self._grads
+        return grad_A, grad_B, grad_s
 
 
 class _Half:
@@ -211,29 +244,31 @@ def _pulled(factor: Tensor, grad: Tensor) -> Tensor:
     return (grad[-1] * factor[:-1] - grad[:-1]).T
 
 
-class _Distances:
+class Distances(KernelTiles):
     """The piecewise and the mixed kernel with p = 2: two products and a dozen passes per tile."""
 
     def __init__(self, kernel: Kernel, A: Tensor, B: Tensor, s: Tensor, learn: bool) -> None:
+        super().__init__(A, B, s)
         half = (A.shape[1] + 1) // 2
-        self._halves = _Half(A[:, :half], B[:, :half]), _Half(A[:, half:], B[:, half:])
+        A, B = self.A, self.B
+        self.halves = _Half(A[:, :half], B[:, :half]), _Half(A[:, half:], B[:, half:])
         self._mixed = kernel.name == "mixed"
-        self._s, self._learn = s, learn
-        self._grad_s = torch.zeros_like(s)
+        self._learn = learn
+        self._grad_s = torch.zeros_like(self.s)
         self._last: tuple[int, int, Tensor, Tensor] | None = None
 
     def value(self, start: int, stop: int) -> Tensor:
         """See `KernelTiles.value`."""
-        first, second = (half.distance(start, stop) for half in self._halves)
+        first, second = (half.distance(start, stop) for half in self.halves)
         self._last = (start, stop, first, second)
-        value = torch.mul(first, self._s[0])
-        value += second * self._s[1]
+        value = torch.mul(first, self.s[0])
+        value += second * self.s[1]
         if self._mixed:
-            value += self._shares(value).mul_(self._s[2]) + self._s[4]
+            value += self._shares(value).mul_(self.s[2]) + self.s[4]
         return value
 
     def _shares(self, base: Tensor) -> Tensor:
-        return torch.softmax(base / _temperature(self._s[3]), 0)
+        return torch.softmax(base / _temperature(self.s[3]), 0)
 
     def pull(self, grad: Tensor) -> None:
         """See `KernelTiles.pull`."""
@@ -241,30 +276,30 @@ class _Distances:
         start, stop, *distances = self._last
         self._last = None
         if self._mixed:
-            grad = self._through_softmax(grad, distances[0] * self._s[0] + distances[1] * self._s[1])
-        for i, (half, distance) in enumerate(zip(self._halves, distances, strict=True)):
+            grad = self._through_softmax(grad, distances[0] * self.s[0] + distances[1] * self.s[1])
+        for i, (half, distance) in enumerate(zip(self.halves, distances, strict=True)):
             if self._learn:
                 self._grad_s[i] += (grad * distance).sum()
             # No direction where there is no distance.
-            weight = distance.reciprocal_().nan_to_num_(0.0, 0.0, 0.0).mul_(grad).mul_(self._s[i])
+            weight = distance.reciprocal_().nan_to_num_(0.0, 0.0, 0.0).mul_(grad).mul_(self.s[i])
             half.pull(weight, start, stop)
 
     def _through_softmax(self, grad: Tensor, base: Tensor) -> Tensor:
         """From the gradient of the mixed kernel to that of the piecewise one in it."""
-        temperature = _temperature(self._s[3])
+        temperature = _temperature(self.s[3])
         shares = self._shares(base)
         weighted = shares * grad
         along = weighted.sum(0)
         self._grad_s[2] += along.sum()
         self._grad_s[4] += grad.sum()
-        inner = weighted.sub_(shares.mul_(along)).mul_(self._s[2] / temperature)
-        sign = torch.sign(self._s[3]) * (self._s[3].abs() > _COLDEST)
+        inner = weighted.sub_(shares.mul_(along)).mul_(self.s[2] / temperature)
+        sign = torch.sign(self.s[3]) * (self.s[3].abs() > _COLDEST)
         self._grad_s[3] -= sign * (inner * base).sum() / temperature
         return grad.add_(inner)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `KernelTiles.gradients`."""
-        (a1, b1), (a2, b2) = (half.gradients() for half in self._halves)
+        (a1, b1), (a2, b2) = (half.gradients() for half in self.halves)
         return torch.cat((a1, a2), 1), torch.cat((b1, b2), 1), self._grad_s
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from autopeft.core.site import Site
-from autopeft.methods._kernels import Kernel
+from autopeft.methods._kernels import Kernel, KernelTiles
+from autopeft.methods._snell_triton import fused_tiles
 from autopeft.methods._sparsifiers import Cut, Sparsifier, dense_cut, streamed_cut
 
 __all__ = ["Change", "DenseProduct", "Geometry", "TiledProduct"]
@@ -121,6 +122,7 @@ class Change:
         learn: whether the kernel's scalars need gradients.
         tile: about how many entries of the kernel are worked on at a time: what a cache holds.
         panel: how many entries of the changed weight exist at a time, at most: what one product takes in.
+        fused: whether a tile may be one launch on CUDA.
     """
 
     kernel: Kernel
@@ -129,6 +131,12 @@ class Change:
     learn: bool
     tile: int
     panel: int
+    fused: bool = False
+
+    def tiles(self, A: Tensor, B: Tensor, s: Tensor) -> KernelTiles:
+        """The kernel of one pass over tiles, in the fastest way that these factors allow."""
+        fused = fused_tiles(self.kernel, A, B, s, self.learn) if self.fused else None
+        return fused or self.kernel.tiles(A, B, s, learn=self.learn)
 
     def dense(self, A: Tensor, B: Tensor, s: Tensor, offset: Tensor | None, cut: Cut | None = None) -> Tensor:
         """The whole change (out, in), differentiable but for the cut."""
@@ -142,7 +150,7 @@ class Change:
         if self.sparsifier.name == "none":
             return None
         with torch.no_grad(), _full_precision(A):
-            tiles = self.kernel.tiles(A, B, s, learn=False)
+            tiles = self.tiles(A, B, s)
 
             def sweep() -> Iterator[Tensor]:
                 return (tiles.value(*columns) for columns in geometry.tiles(0, geometry.columns, self.tile))
@@ -226,7 +234,7 @@ class _Panels:
         cut: Cut | None,
         x: Tensor,
     ) -> None:
-        self.tiles = change.kernel.tiles(A, B, s, learn=change.learn)
+        self.tiles = change.tiles(A, B, s)
         self._change, self._geometry = change, geometry
         self._offset, self._base, self._cut = offset, base, cut
         self._outputs = len(B)
@@ -251,12 +259,8 @@ class _Panels:
         sparsifier, cut = self._change.sparsifier, self._cut
         for first, last in self._geometry.tiles(start, stop, self._change.tile):
             part = None if self._offset is None else self._offset[first:last]
-            here, number = slice(first - start, last - start), first * self._outputs
-            kernel = self.tiles.value(first, last)
-            if grad is not None:
-                pulled = torch.empty_like(kernel).copy_(grad[:, here])
-                self.tiles.pull(sparsifier.pull_(pulled, kernel, cut, number))
-            tile = sparsifier.apply_(kernel, cut, number, part)
+            here = slice(first - start, last - start)
+            tile = self.tiles.change(first, last, sparsifier, cut, part, None if grad is None else grad[:, here])
             if self._base is None:
                 out[:, here].copy_(tile)
             else:

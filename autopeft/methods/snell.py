@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._sparsifiers import Sparsifier, SparsifierName, kept_entries
 from autopeft.methods._spectrum import energy
 from autopeft.methods._tiles import Change, DenseProduct, Geometry, TiledProduct
-from autopeft.methods.base import Adapter
+from autopeft.methods.base import Adapter, Role
 
 __all__ = ["SNELL", "Implementation", "SNELLAdapter", "SNELLStart"]
 
@@ -35,8 +36,8 @@ Implementation = Literal["auto", "reference", "tiled"]
 _TILE, _TILE_ELSEWHERE = 1 << 17, 1 << 21
 """Entries of a tile: few enough for a cache on the CPU, and elsewhere so many that launches do not count."""
 
-_SMALLEST = 1 << 14
-"""Entries below which calls cost more than work."""
+_SMALLEST, _SMALLEST_ELSEWHERE = 1 << 14, 1 << 18
+"""Entries of a tile below which calls cost more than work."""
 
 _SHARE = 32
 """Scalars of an input or output for each entry of a tile."""
@@ -182,6 +183,8 @@ class SNELLAdapter(Adapter):
     """
 
     moving = frozenset({"seed"})
+    # The two enter alike, and neither sums over inputs or spreads over outputs.
+    rate_roles: ClassVar[Mapping[str, Role]] = MappingProxyType({"A": "core", "B": "core", "scalars": "vector"})
     A: nn.Parameter
     B: nn.Parameter
     kept: Tensor
@@ -217,7 +220,9 @@ class SNELLAdapter(Adapter):
             self._of_seed: int | None = None
             self._looked: tuple[Tensor, int] | None = None
         self._counted: tuple[Tensor, int, int] | None = None
-        self.tile, self.panel = (_TILE, _PANEL) if self.A.device.type == "cpu" else (_TILE_ELSEWHERE,) * 2
+        cpu = self.A.device.type == "cpu"
+        self.tile, self.panel = (_TILE, _PANEL) if cpu else (_TILE_ELSEWHERE,) * 2
+        self._smallest = _SMALLEST if cpu else _SMALLEST_ELSEWHERE
 
     def _drawn(self, seed: int, rows: int) -> tuple[Tensor, Tensor]:
         """A, and so many rows of B, from their uniform distributions."""
@@ -276,8 +281,9 @@ class SNELLAdapter(Adapter):
         # Reading the count would wait for the device in every forward pass; its version tells when it has changed.
         if self._counted is None or self._counted[0] is not self.kept or self._counted[1] != self.kept._version:
             self._counted = (self.kept, self.kept._version, int(self.kept))
-        tile = self.tile if scalars is None else min(self.tile, max(_SMALLEST, scalars // _SHARE))
-        return Change(self._kernel, self._sparsifier, self._counted[2], self.method.learn, tile, self.panel)
+        tile = self.tile if scalars is None else min(self.tile, max(self._smallest, scalars // _SHARE))
+        fused = self.method.implementation == "auto"
+        return Change(self._kernel, self._sparsifier, self._counted[2], self.method.learn, tile, self.panel, fused)
 
     def _inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The factors, all scalars of the kernel, and what is subtracted."""

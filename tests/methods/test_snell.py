@@ -550,3 +550,46 @@ def test_option_of_any_size_may_be_asked_for(site_of) -> None:
         option = Option("host", "m", size, method.cost(site, size), 0.0, (Place("host", "weight"),))
         adapter = method.build(site, option, host, torch.Generator().manual_seed(0))
         assert sum(p.numel() for p in adapter.parameters()) == option.cost.trainable == 60 * size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS)
+@pytest.mark.parametrize("size", [1, 5, 8, 32])
+def test_on_cuda(site_of, build, sparsifier: Any, size: int) -> None:
+    """One launch per tile against torch's tiles and the dense change."""
+    from autopeft.methods._snell_triton import TritonTiles
+
+    torch.manual_seed(0)
+    host = nn.Linear(200, 300).cuda().requires_grad_(False)
+    x = torch.randn(3, 50, 200, device="cuda")
+    found = []
+    for implementation in ("reference", "tiled", "auto"):
+        method = SNELL(sparsifier=sparsifier, sparsity=0.7, implementation=implementation)  # type: ignore[arg-type]
+        adapter = factors(build(method, site_of(host), host, size))
+        adapter.tile, adapter.panel = 9000, 30_000
+        found.append(gradients(adapter, host, x))
+        tiles = adapter._change().tiles(*adapter._inputs()[:3])
+        assert isinstance(tiles, TritonTiles) == (implementation == "auto")
+    for other in found[1:]:
+        for one, expected in zip(other, found[0], strict=True):
+            # A magnitude that the threshold falls on may be kept in one and not in the other.
+            scale = float(expected.norm())
+            assert float((one - expected).norm()) <= 2e-2 * scale
+
+
+@pytest.mark.gpu
+def test_memory_and_bf16_on_cuda() -> None:
+    peaks = {}
+    for name, method in (("lora", LoRA()), ("snell", SNELL())):
+        model = timm.create_model("vit_base_patch16_224", num_classes=10, depth=2).cuda().eval()
+        with inserted_with(model, method, 8) as inserted:
+            x = torch.randn(8, 3, 224, 224, device="cuda")
+            for _ in range(2):
+                torch.cuda.reset_peak_memory_stats()
+                inserted.model(x).square().mean().backward()
+            peaks[name] = torch.cuda.max_memory_allocated()
+            with torch.autocast("cuda", torch.bfloat16):
+                inserted.model(x).float().square().mean().backward()
+            adapters = inserted.named_adapters().values()
+            assert all(bool(p.grad.isfinite().all()) for a in adapters for p in a.parameters())
+    assert peaks["snell"] <= 1.02 * peaks["lora"]
