@@ -128,7 +128,7 @@ class TrainSettings:
     data_fraction: float = 1.0
     lr: LearningRates = field(default_factory=LearningRates)
     lr_scale: float = 1.0
-    rate_rule: RateRule = "none"
+    rate_rule: RateRule = "spectral"
     head_rule: HeadRule = "none"
     lora_plus: float = 1.0
     weight_decay: float = 1e-4

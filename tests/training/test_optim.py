@@ -13,7 +13,7 @@ from autopeft.training.settings import LearningRates, TrainSettings
 
 
 def test_groups_rates_and_decay(insert: Callable[..., Any], methods: dict[str, Any]) -> None:
-    settings = TrainSettings(lr=LearningRates(head=0.1, matrix=0.2), lr_scale=3.0, weight_decay=0.5)
+    settings = TrainSettings(lr=LearningRates(head=0.1, matrix=0.2), lr_scale=3.0, weight_decay=0.5, rate_rule="none")
     inserted = insert()
     optimizer = make_optimizer(inserted, settings, methods)
     rows = [(g["key"], g["weight_decay"], round(g["lr"], 9), len(g["params"])) for g in optimizer.param_groups]
