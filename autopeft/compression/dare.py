@@ -61,7 +61,9 @@ class Dropped:
             if kept.rows:
                 found[f"{name}.kept"] = values
             else:
-                found[f"{name}.idx"], found[f"{name}.val"] = kept.positions.to(torch.int32), values
+                small = math.prod(kept.shape) <= torch.iinfo(torch.int32).max
+                found[f"{name}.idx"] = kept.positions.to(torch.int32) if small else kept.positions
+                found[f"{name}.val"] = values
         return found
 
     def resolved(self, q: Mapping[str, float]) -> dict[str, Tensor]:

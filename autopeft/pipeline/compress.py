@@ -98,23 +98,31 @@ def compress_again(path: Path, *, device: str | None = None, emit: Emit = silent
     """
     before = decode(CompressionRecord, read_json(path), str(path))
     source = (path.parent / before.source).resolve()
-    with tempfile.TemporaryDirectory(prefix="autopeft-compress-") as name:
-        found = _staged(source, before.settings, Path(name), before.trial, device, emit)
-    if found.adapter_sha256 != before.adapter_sha256:
+    _, adapter = trained_plan(source, before.trial)
+    if _sha256(adapter) != before.adapter_sha256:
         raise StaleRun(f"the adapter in {source} is not the one that {path} was made of; it was trained again since")
+    with tempfile.TemporaryDirectory(prefix="autopeft-compress-") as name:
+        found = _staged(source, before.settings, Path(name), before.trial, device, emit, reload=False)
     if found.sha256 != before.sha256:
         raise ExportError(
             f"{path} came out differently: the SHA-256 of {_FILE} was {before.sha256[:12]}, now it is "
             f"{found.sha256[:12]}; another device, other threads or other versions have chosen another divisor"
         )
     emit(Event("result", f"{_FILE}: the same {found.steps[-1].bytes:,} bytes again"))
-    return dataclasses.replace(found, source=before.source)
+    return dataclasses.replace(found, source=before.source, difference=before.difference)
 
 
 def _staged(
-    source: Path, settings: CompressionSettings, folder: Path, trial: int | None, device: str | None, emit: Emit
+    source: Path,
+    settings: CompressionSettings,
+    folder: Path,
+    trial: int | None,
+    device: str | None,
+    emit: Emit,
+    *,
+    reload: bool = True,
 ) -> CompressionRecord:
-    """Everything but delivering: the result lies in `out` below the folder."""
+    """Everything but delivering: the result lies in `out` below the folder; `reload` proves it in a fresh process."""
     plan_path, adapter = trained_plan(source, trial)
     plan = read_plan(plan_path)
     study = study_from_dict(plan.study)
@@ -166,7 +174,7 @@ def _staged(
             sections=[("What it costs", _table(found))],
         )
         difference = None
-        if alone:
+        if alone and reload:
             images = sample_images(prepared)
             logits = _logits(found.model, images.to(prepared.device))
             checked = verify_all({"compressed": out}, images, logits, inserted=inserted, record=provenance)
