@@ -92,7 +92,7 @@ def test_faults_of_several_plugins_are_all_told() -> None:
 
 def test_a_description_holds_every_setting() -> None:
     assert describe(Sparse(slot="bias"), "methods") == {"type": "sparse", "slot": "bias"}
-    assert describe(LoRA(), "methods") == {"type": "lora", "alpha": None}
+    assert describe(LoRA(), "methods") == {"type": "lora", "alpha": None, "scaling": "rank"}
 
 
 def test_a_class_that_no_registry_holds_has_no_description() -> None:
