@@ -96,8 +96,9 @@ def write_compressed(
         build = base_expression(base, inserted, record) if stands_alone else "..."
         lines = ["import timm", ""] if stands_alone else []
         use = "\n".join([*lines, _IMPORT, "", f"model = {build}", _APPLY, "model.eval()"])
+    what = "adapters" if change is None else "weight change"
     page = card(
-        f"Compressed weight change for {record.model.get('architecture') or 'a model'}, trained with autopeft",
+        f"Compressed {what} for {record.model.get('architecture') or 'a model'}, trained with autopeft",
         inserted,
         record,
         library="timm",
@@ -113,5 +114,5 @@ _APPLY = f'apply_compressed(model, "{_FILE}")'
 _AS_ADAPTER = f"""from load_compressed import read_compressed
 from safetensors.torch import save_file
 
-# The plan has options that cannot be merged, so only autopeft runs it. Beside plan.json, as a trained plan:
+# These are the adapters' own tensors: only autopeft runs it. Beside plan.json, a trained plan again:
 save_file(read_compressed("{_FILE}"), "adapter.safetensors")"""

@@ -32,6 +32,7 @@ def test_help_imports_nothing_heavy():
         "train",
         "eval",
         "export",
+        "compress",
         "report",
         "dashboard",
         "inspect",
@@ -76,7 +77,7 @@ def test_every_command_has_help_without_heavy_imports():
     code = f"""
         import sys
         from autopeft.cli.main import app
-        for verb in "search plan train eval export report dashboard inspect resume worker doctor".split():
+        for verb in "search plan train eval export compress report dashboard inspect resume worker doctor".split():
             try:
                 app([verb, "--help"])
             except SystemExit as end:
