@@ -61,12 +61,12 @@ class SNELL:
     would swallow it. A convolution's weight is flattened to (out, in / groups * kh * kw).
 
     Start. A change that is zero because K is has no gradient under a quadratic sparsifier, and one behind a gain of
-    zero pays a scalar and sees gradients smaller still than the sparsifier makes them. So `identity` subtracts what the
-    change is at step 0, in the kept places: `mask(K) (f(K) - v)`. All rows of B start as one row b, drawn like the
-    others, which makes `v_i = f(k(A_i, b))` one number per input in place of a second kernel; the outputs part with the
-    first step, as they do in LoRA, whose B starts as one row as well. A and b are drawn from a stored seed, v is not
-    stored. `released` draws all of B and subtracts nothing: the model starts changed, by some 1e-6 per kept entry
-    (`soft`, `square`) or 1e-3 (`hard`, `none`).
+    zero pays a scalar more and moves a step later. So `identity` subtracts what the change is at step 0, in the kept
+    places: `mask(K) (f(K) - v)`. All rows of B start as one row b, drawn like the others, which makes
+    `v_i = f(k(A_i, b))` one number per input in place of a second kernel; the outputs part with the first step, as they
+    do in LoRA, whose B starts as one row as well. A and b are drawn from a stored seed, v is not stored. `released`
+    draws all of B and subtracts nothing: the model starts changed, by some 1e-6 per kept entry (`soft`, `square`) or
+    1e-3 (`hard`, `none`).
 
     The released code sparsifies with `square`, switches to `none` at sparsity 0, fixes the coefficients of `piecewise`,
     interpolates the threshold, and runs dropout and stochastic depth on the change, which is left out here.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from itertools import pairwise, product
@@ -18,6 +19,8 @@ from autopeft.core.menu import Option
 from autopeft.core.places import places_of
 from autopeft.core.site import Place
 from autopeft.errors import UsageError
+from autopeft.export._model import states_of
+from autopeft.export.delta import changes_of
 from autopeft.methods._sparsifiers import Cut
 from autopeft.methods._tiles import TiledProduct
 from autopeft.methods.lora import LoRA
@@ -447,6 +450,34 @@ def test_the_count_is_saved_and_another_one_refused() -> None:
         assert all(torch.equal(tensor, state[key]) for key, tensor in inserted.state().items())
         with pytest.raises(UsageError, match="kept"):
             inserted.load_state({**state, name: torch.tensor(3)})
+
+
+def test_a_copy_is_the_same_function(site_of, build) -> None:
+    """A weight average is a copy: what it keeps must not be lost in it."""
+    host = nn.Linear(20, 30).requires_grad_(False)
+    adapter = factors(build(SNELL(sparsity=0.8), site_of(host), host, 4))
+    with torch.no_grad():
+        adapter.kept.fill_(7)
+    again = copy.deepcopy(adapter)
+    assert torch.equal(again.delta()["weight"], adapter.delta()["weight"])
+    assert int((again.delta()["weight"] != 0).sum()) == 7
+    x = torch.randn(3, 20)
+    assert torch.equal(again.around(host.forward, x), adapter.around(host.forward, x))
+
+
+def test_the_exported_difference_is_sparse() -> None:
+    method = SNELL(sparsifier="hard", sparsity=0.9, coefficient=1.0)
+    model = tiny_vit()
+    with inserted_with(model, method, 2) as inserted:
+        for adapter in inserted.named_adapters().values():
+            factors(adapter)
+        changes = changes_of(inserted, states_of(inserted))
+        for key, adapter in inserted.named_adapters().items():
+            name = key.split("/")[0] + ".weight"
+            positions = changes[f"{name}.idx"]
+            expected = adapter.delta()["weight"].detach().flatten()
+            assert len(positions) == method.kept(adapter.site) == int((expected != 0).sum())
+            torch.testing.assert_close(changes[f"{name}.val"], expected[positions.long()], atol=1e-6, rtol=1e-4)
 
 
 def test_autocast_keeps_a_change_that_the_weight_would_swallow(site_of, build) -> None:
