@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from torch import nn
+from torch import Tensor, nn
 
 from autopeft.core.contracts import Inserted, Method
 from autopeft.core.site import Site
@@ -126,7 +126,7 @@ def is_decayed(rule: DecayRule, sizes: Sizes, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 if rule == "none" else sizes.role != "vector"
 
 
-def head_factor(rule: HeadRule, parameter: nn.Parameter) -> float:
+def head_factor(rule: HeadRule, parameter: Tensor) -> float:
     """What the learning rate of a classifier's tensor is multiplied by; `width`: `REFERENCE_WIDTH / d` for its weight.
 
     The classifier sums over d features, which makes it `dense` in the sense of `rate_factor`.
