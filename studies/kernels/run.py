@@ -13,7 +13,8 @@ none; on the CPU processor time. Contestants:
 - `full`: every weight is trained.
 - `mask D`: every matrix is trained and its gradient multiplied with a dense mask of density D (as GPS does).
 - `sparse D`: the house's sparse entries at random positions, SPT's unstructured part.
-- `lora R`, `snell R`: without a dense matrix; `snell R reference`: made dense in the forward, and again in the backward.
+- `lora R`, `snell R`: without a dense matrix; `snell R reference`: made dense in the forward and again in the
+  backward.
 
 Writes `DEVICE.json` beside itself, contestants with their ratios to the floor and to the LoRA of the same rank, or of
 rank 8. `--depth` shortens the models where time or memory is short, and the result says so; 0 leaves them whole.
