@@ -70,7 +70,7 @@ def test_the_penalty_is_a_norm_of_the_scores(site_of, build) -> None:
     host = nn.Conv2d(3, 4, 3)
     adapter = build(RAMT(), site_of(host), host, 1)
     penalty = adapter.penalty()
-    assert float(penalty) == pytest.approx(1e-4 * 0.01 * math.sqrt(108))
+    assert penalty.item() == pytest.approx(1e-4 * 0.01 * math.sqrt(108))
     penalty.backward()
     torch.testing.assert_close(adapter.M.grad, torch.full((4, 3, 3, 3), 1e-4 / math.sqrt(108)))
     assert build(RAMT(weight_penalty=0.0), site_of(host), host, 1).penalty() is None
