@@ -135,7 +135,9 @@ class MethodLaws:
             gap = _gap(functional_call(model, state, (x,), strict=True), adapted)
             merges, moved = True, max(moved, _gap(adapted, before))
             assert gap <= _close(case.ground.dtype), f"{case}: merged and unmerged outputs differ by {gap:.2e}"
-        assert moved > 1e-3 or not merges, f"disturbed parameters change no output: at most by {moved:.2e}"
+        # Kernelised changes are small; still several times what counts as equal.
+        enough = moved > 5 * _close(torch.float32)
+        assert enough or not merges, f"disturbed parameters change no output: at most by {moved:.2e}"
 
     def test_mergeable_is_known_before_building(self) -> None:
         """The method says of a site what the adapter built there says of itself."""
