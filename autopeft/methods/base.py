@@ -31,6 +31,9 @@ class Part(nn.Module):
     rate_roles: ClassVar[Mapping[str, Role]] = MappingProxyType({})
     """Roles of its parameters, by name, where the method's family and the shapes would tell them wrongly."""
 
+    rank_in_scale: bool = False
+    """Whether a factor of its own makes its steps alike at every rank, so that no learning rate must do it again."""
+
     moving: ClassVar[frozenset[str]] = frozenset()
     """Names of persistent buffers that training changes, as they appear in the state dict."""
 

@@ -73,7 +73,9 @@ class DoRA:
         """A drawn from the Kaiming uniform distribution of a Linear layer, B and the change of the lengths zero."""
         r = check_size("dora", site, option.size, self.sizes(site))
         scale = lora_scale("dora", self.alpha, self.scaling, r)
-        return DoRAAdapter(site, host, r, scale, self.detach_norm, generator)
+        adapter = DoRAAdapter(site, host, r, scale, self.detach_norm, generator)
+        adapter.rank_in_scale = self.scaling == "sqrt"
+        return adapter
 
     def gains(self, site: Site, evidence: Evidence, sizes: Sequence[int]) -> tuple[float, ...]:
         """The signal's energy along W in every row, and the r largest squared singular values of what remains.

@@ -65,7 +65,9 @@ class LoRA:
     def build(self, site: Site, option: Option, host: nn.Module, generator: torch.Generator) -> LoRAAdapter:
         """A drawn from the Kaiming uniform distribution of a Linear layer, B zero."""
         r = check_size("lora", site, option.size, self.sizes(site))
-        return LoRAAdapter(site, host, r, lora_scale("lora", self.alpha, self.scaling, r), generator)
+        adapter = LoRAAdapter(site, host, r, lora_scale("lora", self.alpha, self.scaling, r), generator)
+        adapter.rank_in_scale = self.scaling == "sqrt"
+        return adapter
 
     def gains(self, site: Site, evidence: Evidence, sizes: Sequence[int]) -> tuple[float, ...]:
         """Sum of the r largest squared singular values of the signal: the most that any rank-r step can capture."""

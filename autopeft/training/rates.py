@@ -50,7 +50,7 @@ class Sizes:
     Attributes:
         role: what it does in the change of its host.
         width: width of its host, see `sizes_of`.
-        rank: the smaller side of a matrix; 1 for everything else.
+        rank: the smaller side of a matrix; 1 for everything else, and where the adapter's own factor allows for it.
         per_row: entries trained per row of the host's weight, of role `entries`; 1 for everything else.
         total: scalars that the whole plan trains, the head not counted.
     """
@@ -161,10 +161,11 @@ def sizes_of(inserted: Inserted, methods: Mapping[str, Method]) -> dict[int, Siz
             if role == "entries" and (site is None or not site.is_matrix or part.slots != ("weight",)):
                 role = "vector"  # Entries of a bias or of a norm.
             rows = site.out_features if site is not None and site.kind != "group" else 1
+            ranked = parameter.ndim >= 2 and not (isinstance(part, Part) and part.rank_in_scale)
             found[id(parameter)] = Sizes(
                 role=role,
                 width=_width(site, parameter),
-                rank=min(parameter.shape[0], parameter[0].numel()) if parameter.ndim >= 2 else 1,
+                rank=min(parameter.shape[0], parameter[0].numel()) if ranked else 1,
                 per_row=parameter.numel() / rows if role == "entries" else 1.0,
                 total=max(1, total),
             )

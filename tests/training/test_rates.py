@@ -119,6 +119,8 @@ def test_a_step_of_up_moves_the_spectral_norm_by_rate_times_root_of_width_and_ra
         assert up_step(width, rank, "none") == pytest.approx(ETA * math.sqrt(width * rank), rel=1e-9)
         assert up_step(width, rank, "spectral") == pytest.approx(ETA * math.sqrt(128), rel=1e-9)
         assert up_step(width, rank, "none", "sqrt") == pytest.approx(ETA * math.sqrt(width), rel=1e-9)
+        # rsLoRA has done the rank's part already.
+        assert up_step(width, rank, "spectral", "sqrt") == pytest.approx(ETA * math.sqrt(128), rel=1e-9)
 
 
 def test_under_width_a_step_of_up_moves_outputs_alike() -> None:
