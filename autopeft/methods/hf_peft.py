@@ -174,6 +174,7 @@ class HfPeft:
         if self._known.shared:
             return PeftShared(site, self.parts(site), self.tuner, self._known, settings, host, seed)
         adapter = PeftAdapter.on(site, self._occupied(site), self.tuner, self._known, settings, host, seed)
+        adapter.rank_in_scale = bool(settings.get("use_rslora"))
         if settings.get("init_lora_weights") in ("eva", "lora_ga"):
             adapter.waiting = "starts from the training data, which this backend does not show it"
         elif self.tuner == "adalora":

@@ -191,6 +191,7 @@ def test_fields_of_the_study_change_price_and_scale() -> None:
     assert HfPeft("lokr", {"decompose_both": True, "decompose_factor": 4}).cost(ONE_LINEAR, 1).trainable != 40
     assert HfPeft("lokr", size="decompose_factor").cost(ONE_LINEAR, 4).trainable > 0
     adapters = [built(method, 4) for method in (HfPeft("lora"), HfPeft("lora", {"lora_alpha": 16}), HfPeft("rslora"))]
+    assert [adapter.rank_in_scale for adapter in adapters] == [False, False, True]
     assert [a.layer.scaling[ADAPTER] for a in adapters] == [1.0, 4.0, 8 / 2]
 
 
