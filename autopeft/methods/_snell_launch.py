@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+import triton
+import triton.language as tl
 
 __all__ = ["tile"]
-
-triton: Any = importlib.import_module("triton")
-tl: Any = importlib.import_module("triton.language")
 
 
 @triton.jit
