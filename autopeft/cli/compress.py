@@ -89,7 +89,7 @@ def compress(
     choose: Annotated[By, typer.Option(help="choose the divisor by the loss, or without labels by the output")] = (
         By.loss
     ),
-    choose_on: Annotated[On, typer.Option(help="split that the divisor is chosen on")] = On.inner,
+    choose_on: Annotated[On, typer.Option(help="split that the divisor is chosen on; inner was trained on")] = On.outer,
     samples: Annotated[int, typer.Option(help="samples that the divisor is chosen on")] = 256,
     draws: Annotated[int, typer.Option(help="random draws that the divisor is chosen over")] = 2,
     eta: Annotated[

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -68,6 +70,8 @@ def contents(
             tensors[key] = part.packed
             if part.codes == "lloyd":
                 tensors["codes"] = part.table()
+        elif key.endswith(".idx"):
+            tensors[key], how = _packed_positions(part)
         else:
             tensors[key] = part
         name, _, kind = key.rpartition(".")
@@ -80,6 +84,27 @@ def contents(
         texts |= {"seed": str(dropped.seed), "threshold": str(threshold_of(dropped.drop))}
     texts["layout"] = json.dumps(layout, separators=(",", ":"), sort_keys=True)
     return tensors, texts
+
+
+def _packed_positions(positions: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Increasing positions in the smallest form: a bit per entry, distances of 1 or 2 bytes, or as they are."""
+    exact = positions.long().numpy()
+    gaps = np.diff(exact, prepend=-1)
+    if not len(exact) or gaps.min() < 1:
+        return positions, {}
+    count = int(exact[-1]) + 1
+    sizes = {"": positions.element_size() * len(exact), "mask": -(-count // 8)}
+    sizes |= {f"gaps{width}": width * len(exact) for width in (1, 2) if gaps.max() < 256**width}
+    how = min(sizes, key=lambda name: sizes[name])
+    if not how:
+        return positions, {}
+    if how == "mask":
+        mask = np.zeros(count, dtype=np.uint8)
+        mask[exact] = 1
+        packed = np.packbits(mask)
+    else:
+        packed = gaps.astype("<u1" if how == "gaps1" else "<u2").view(np.uint8)
+    return torch.from_numpy(packed), {"positions": how, "count": count}
 
 
 def loader_source() -> str:

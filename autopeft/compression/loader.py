@@ -14,7 +14,8 @@ The file holds parts of tensors, `NAME.PART`:
 - `NAME.A`, `NAME.B`: the product `B @ A` is added to the flattened tensor;
 - `NAME.kept`: what is added to the entries that a seeded draw keeps; the positions are drawn again, not stored.
 
-Any part may be stored as codes of a few bits. The header's `layout` (JSON) says which are and how.
+Any part may be stored as codes of a few bits, and positions as a bit mask or as distances; the header's `layout` (JSON)
+says which are and how.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def read_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for key, tensor in stored.items():
         how = layout.get(key, {})
         values = _decoded(tensor, how, table) if "bits" in how else tensor
+        if "positions" in how:
+            values = _positions(tensor, how["positions"], how["count"])
         if "of" not in how:
             parts[key] = values
             continue
@@ -132,6 +135,14 @@ def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8
     whole = np.zeros((count, 8), dtype=np.uint8)
     whole[:, 8 - bits :] = flat
     return np.packbits(whole, axis=1).reshape(count)
+
+
+def _positions(packed: Tensor, how: str, count: int) -> Tensor:
+    """Increasing positions from a bit per entry (`mask`) or from distances of 1 or 2 bytes (`gaps1`, `gaps2`)."""
+    if how == "mask":
+        return torch.from_numpy(np.flatnonzero(np.unpackbits(packed.numpy(), count=count)))
+    gaps = packed.numpy().view("<u1" if how == "gaps1" else "<u2").astype(np.int64)
+    return torch.from_numpy(np.cumsum(gaps) - 1)
 
 
 def _decoded(packed: Tensor, how: Mapping[str, Any], table: Tensor | None) -> Tensor:

@@ -37,8 +37,9 @@ class CompressionSettings:
         drop: share of the entries of each changed weight that is dropped at random; None drops none.
         rescale: what the others are divided by.
         choose: what `q` and `eta` are chosen by.
-        choose_on: the split that they are chosen on. The loss is measured on the outer split: chosen there too, it is
-            a little too good.
+        choose_on: the split that they are chosen on. The outer one is what choices are made by everywhere; the loss
+            that is then measured on it is a little too good. On the inner one, which was trained on, the loss is so
+            small that `1 - drop` nearly always wins.
         samples: samples that they are chosen on.
         draws: random draws that they are chosen over, the one that is kept among them.
         eta: parameter of `darex-q-layer`; None tries values from 0.1 to 0.7.
@@ -58,7 +59,7 @@ class CompressionSettings:
     drop: float | None = None
     rescale: Rescale = "dare"
     choose: Choose = "loss"
-    choose_on: ChooseOn = "inner"
+    choose_on: ChooseOn = "outer"
     samples: int = 256
     draws: int = 2
     eta: float | None = None

@@ -59,7 +59,7 @@ def test_nothing_done_gives_the_change_itself(tmp_path):
     written(tmp_path / "c")
     found = read_compressed(tmp_path / "c")
     assert found.keys() == PARTS.keys()
-    assert all(torch.equal(found[name], PARTS[name]) for name in PARTS)
+    assert all(torch.equal(found[name].to(part.dtype), part) for name, part in PARTS.items())
     state = patched(BASE, found)
     torch.testing.assert_close(
         state["conv.weight"].flatten(1),
@@ -108,6 +108,29 @@ def test_codes_survive_the_file(tmp_path, bits, codes):
     assert torch.equal(found["head.weight.full"], PARTS["head.weight.full"])
     with_head, _ = written(tmp_path / "h", bits=bits, codes=codes, head=True)
     assert isinstance(with_head["head.weight.full"], Quantised)
+
+
+@pytest.mark.parametrize(
+    ("positions", "how", "size"),
+    [
+        (range(0, 4000, 4), "mask", 500),
+        (range(9, 300_000, 200), "gaps1", 1500),
+        (range(9, 1_000_000, 60_000), "gaps2", 34),
+        ([0, 70_000, 200_000], "", 12),
+        ([0], "mask", 1),
+        ([255], "gaps2", 2),
+        ([254], "gaps1", 1),
+        ([5, 3], "", 8),
+    ],
+)
+def test_positions_take_the_smallest_of_their_forms(tmp_path, positions, how, size):
+    exact = torch.tensor(list(positions), dtype=torch.int32)
+    parts = {"w.idx": exact, "w.val": torch.ones(len(exact))}
+    tensors, metadata = contents(parts, None, {})
+    assert json.loads(metadata["layout"]).get("w.idx", {}).get("positions", "") == how
+    assert tensors["w.idx"].numel() * tensors["w.idx"].element_size() == size
+    save_file(tensors, tmp_path / "c", metadata)
+    assert torch.equal(read_compressed(tmp_path / "c")["w.idx"].long(), exact.long())
 
 
 def test_the_loader_alone_gives_the_same_bits_in_a_fresh_process(tmp_path):

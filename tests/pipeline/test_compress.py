@@ -89,7 +89,7 @@ def test_codes_for_the_change_with_what_they_cost(trained, tmp_path):
 def test_dropping_is_recorded_and_comes_out_the_same_again(trained, tmp_path, rescale):
     flags = ["--drop", "0.6", "--rescale", rescale, "--bits", "5", "--seed", "3", "--samples", "16"]
     if rescale == "darex-q":
-        flags += ["--choose", "output", "--choose-on", "outer"]
+        flags += ["--choose", "output", "--choose-on", "inner"]
     found = compressed(trained, *flags, "--even-larger", "--max-loss-increase", "inf", "-o", tmp_path / "out")
     assert [step["name"] for step in found["steps"]] == ["trained", f"drop 0.6, {rescale}", "5 bits, lloyd"]
     assert found["steps"][1]["bytes"] > found["steps"][2]["bytes"]
