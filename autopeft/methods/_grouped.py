@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from autopeft.core.menu import Indices
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["Grouped", "member_evidence", "member_signal"]
 
 
-class Grouped:
+class Grouped(ChoosesNothing):
     """A method for groups that chooses no entries and, unless it says otherwise, changes the members' weights.
 
     A group itself has no slots, so `slots` lists what is taken on any of its members.
@@ -35,10 +35,6 @@ class Grouped:
     def mergeable(self, site: Site) -> bool:
         """Yes: the changes are ones of the hosts' own tensors."""
         return True
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 def member_evidence(evidence: Evidence, member: Site) -> Evidence:

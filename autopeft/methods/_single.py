@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from autopeft.core.menu import Indices
-from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["SingleSize"]
 
 
-class SingleSize:
+class SingleSize(ChoosesNothing):
     """A method whose only size is 1 and that chooses no entries."""
 
     __slots__ = ()
@@ -25,7 +24,3 @@ class SingleSize:
     def mergeable(self, site: Site) -> bool:
         """Yes: the change is one of the host's own tensors."""
         return True
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None

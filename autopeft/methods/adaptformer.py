@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.methods._bottleneck import bottleneck_size
@@ -26,12 +26,13 @@ from autopeft.methods._parallel import (
     kaiming,
 )
 from autopeft.methods._sizes import check_size
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["AdaptFormer", "AdaptFormerAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class AdaptFormer:
+class AdaptFormer(ChoosesNothing):
     """`mlp(norm(x)) + s (U relu(D x + d) + u)`: a bottleneck parallel to a transformer block's MLP.
 
     Chen et al., 2022, arXiv 2205.13535. It cannot be merged. Sizes are bottleneck widths h.
@@ -92,10 +93,6 @@ class AdaptFormer:
         evidence the gain is 0.
         """
         return branch_gains(evidence, sizes)
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class AdaptFormerAdapter(ParallelBottleneck):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
@@ -20,6 +20,7 @@ from autopeft.methods._host import new_parameter
 from autopeft.methods._quantiser import Quantiser, bit_cost, check_bits
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._spectrum import captured, squared_singular_values
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods.base import Adapter
 from autopeft.methods.codes import kept_energy
 
@@ -30,7 +31,7 @@ _SLOPE_SQUARED = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class BitAdaptFormer:
+class BitAdaptFormer(ChoosesNothing):
     """`mlp(norm(x)) + scale * q(U) relu(q(D) x)`, D (h, C) and U (C, h) in codes of a few bits, without biases.
 
     Bi-AdaptFormer of "Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy"
@@ -98,10 +99,6 @@ class BitAdaptFormer:
     def mergeable(self, site: Site) -> bool:
         """No: a bottleneck is not linear in its input."""
         return False
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class BitAdaptFormerModule(Adapter):

@@ -12,22 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
-from autopeft.core.site import Site, Slot
+from autopeft.core.site import Site
 from autopeft.errors import UsageError
 from autopeft.methods._host import is_plain, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._quantiser import Quantiser, bit_cost, check_bits
-from autopeft.methods._sizes import check_size, powers_of_two
+from autopeft.methods._sizes import check_size
 from autopeft.methods._spectrum import captured, squared_singular_values
+from autopeft.methods._traits import LowRankSized
 from autopeft.methods.codes import kept_energy
 
 __all__ = ["BitLoRA", "BitLoRAAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class BitLoRA:
+class BitLoRA(LowRankSized):
     """`W + scale * q(B) q(A)`, LoRA's factors A (r, in) and B (out, r) in codes of a few bits.
 
     Bi-LoRA of "Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy" (Jie et
@@ -58,16 +59,6 @@ class BitLoRA:
         if not 0 <= self.dropout < 1:
             raise UsageError(f"bit_lora: dropout must be at least 0 and below 1, got {self.dropout!r}")
 
-    def slots(self, site: Site) -> tuple[Slot, ...]:
-        """`weight` of a Linear or Conv2d that is larger than its rank-1 factors."""
-        return ("weight",) if self.sizes(site) else ()
-
-    def sizes(self, site: Site) -> tuple[int, ...]:
-        """Powers of two whose factors have fewer entries than the weight itself."""
-        if not site.is_matrix or "weight" not in site.slots:
-            return ()
-        return powers_of_two((site.n_weight - 1) // (site.in_features + site.out_features))
-
     def cost(self, site: Site, size: int) -> Cost:
         """`r (in_features + out_features)`, stored in `bits` bits each and 64 bits per factor.
 
@@ -94,10 +85,6 @@ class BitLoRA:
     def mergeable(self, site: Site) -> bool:
         """Yes: the change is one of the host's own tensors."""
         return True
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class BitLoRAAdapter(LowRankAdapter):

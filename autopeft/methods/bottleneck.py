@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.methods._bottleneck import BottleneckModule, bottleneck_size
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._spectrum import captured, energy, squared_singular_values
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["BottleneckAdapter"]
 
@@ -24,7 +25,7 @@ _SLOPE_SQUARED = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class BottleneckAdapter:
+class BottleneckAdapter(ChoosesNothing):
     """`y + U gelu(D y + d) + u` on the output of one Linear or convolution.
 
     SPT's structured adapter (He et al., 2023, arXiv 2303.08566, section 3.2). It cannot be merged. Sizes are bottleneck
@@ -76,10 +77,6 @@ class BottleneckAdapter:
     def mergeable(self, site: Site) -> bool:
         """No: a bottleneck is not linear in its input."""
         return False
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 def _product(g: Tensor, w: Tensor) -> Tensor:

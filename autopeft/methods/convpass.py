@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.methods._bottleneck import activate
@@ -19,13 +19,14 @@ from autopeft.methods._host import new_parameter
 from autopeft.methods._parallel import branch_gains, branch_sizes, check_dropout, check_scale
 from autopeft.methods._patches import check_prefix, on_patches
 from autopeft.methods._sizes import check_size
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods.base import Adapter
 
 __all__ = ["Convpass", "ConvpassAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class Convpass:
+class Convpass(ChoosesNothing):
     """`f(norm(x)) + s U act(conv(act(D norm(x))))` beside attention and MLP, act QuickGELU, conv 3x3 over the patches.
 
     Jie and Deng, 2022, arXiv 2207.07039. It cannot be merged. Sizes are bottleneck widths
@@ -84,10 +85,6 @@ class Convpass:
         Without such evidence the gain is 0.
         """
         return branch_gains(evidence, sizes)
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class ConvpassAdapter(Adapter):

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.methods._bases import LARGEST_RANK, top_singular
 from autopeft.methods._host import host_tensor, is_plain, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["Core", "CoreAdapter"]
 
@@ -25,7 +26,7 @@ _SIZES = (*range(1, 17), 18, 20, 24, 28, 32, 40, 48, 56, LARGEST_RANK)
 
 
 @dataclass(frozen=True, slots=True)
-class Core:
+class Core(ChoosesNothing):
     """`W + U_r M V_r^T` with M (r, r) trained from zero and U_r, V_r the first singular vectors of W, frozen.
 
     LoRA-XS (Balazy et al., 2024, arXiv 2405.17604, equation 2) without the singular values, so that M is measured in
@@ -70,10 +71,6 @@ class Core:
     def mergeable(self, site: Site) -> bool:
         """Yes: the change is one of the host's own tensors."""
         return True
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class CoreAdapter(LowRankAdapter):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.methods._axis import along
@@ -19,13 +19,14 @@ from autopeft.methods._host import host_tensor, new_parameter, rows_of
 from autopeft.methods._scaling import Scaling, lora_scale
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._spectrum import captured, squared_singular_values
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods.base import Adapter
 
 __all__ = ["DoRA", "DoRAAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class DoRA:
+class DoRA(ChoosesNothing):
     """`m (W + s B A) / ||W + s B A||`, row by row, with A, B and the lengths m trained.
 
     Liu et al., 2024, arXiv 2402.09353, equation 5. m starts at `||W||`, B at zero: an exact identity. What is trained
@@ -90,10 +91,6 @@ class DoRA:
         energies = squared_singular_values(signal - radial * direction)
         lengths = float(radial.square().sum())
         return tuple(lengths + gain for gain in captured(energies, sizes))
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class DoRAAdapter(Adapter):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
@@ -22,13 +22,14 @@ from autopeft.methods._host import new_parameter
 from autopeft.methods._parallel import branch_gains, check_scale, kaiming
 from autopeft.methods._patches import check_prefix, on_patches
 from autopeft.methods._sizes import check_size, powers_of_two
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods.base import Adapter
 
 __all__ = ["EarthAdapter", "EarthAdapterModule"]
 
 
 @dataclass(frozen=True, slots=True)
-class EarthAdapter:
+class EarthAdapter(ChoosesNothing):
     """`F + alpha (w_1 A_1(F) + w_2 A_2(low F) + w_3 A_3(high F))` on the patches F of a block's output.
 
     Hu et al., 2025, arXiv 2504.06220. `A_i(x) = U_i relu(D_i x + d_i) + u_i`; low F keeps the frequencies of
@@ -119,10 +120,6 @@ class EarthAdapter:
         """
         experts = 3 if self.mixes(site) else 1
         return branch_gains(evidence, [experts * size for size in sizes])
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class EarthAdapterModule(Adapter):

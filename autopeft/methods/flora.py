@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
 from autopeft.methods._host import is_plain, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size, half_octaves
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods._tucker import nested_energies, tucker
 
 __all__ = ["FLoRA", "FLoRAAdapter", "FactorStart"]
@@ -27,7 +28,7 @@ FactorStart = Literal["kaiming", "normal"]
 
 
 @dataclass(frozen=True, slots=True)
-class FLoRA:
+class FLoRA(ChoosesNothing):
     """`W + s G x_1 U_1 x_2 U_2 ...` with the core G and a factor per mode of W trained.
 
     Si et al., 2024, arXiv 2405.14739. The modes of a Linear are output and input, those of a
@@ -100,10 +101,6 @@ class FLoRA:
         For a Linear that is the most that any step of these ranks can capture, the gain of LoRA.
         """
         return nested_energies(evidence["weight"].signal, [self.ranks(site, size) for size in sizes])
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class FLoRAAdapter(LowRankAdapter):

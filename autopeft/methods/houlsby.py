@@ -11,19 +11,20 @@ import torch
 from torch import nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
 from autopeft.methods._bottleneck import Activation, BottleneckModule, bottleneck_size
 from autopeft.methods._parallel import branch_gains, branch_sizes
 from autopeft.methods._sizes import check_size
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["Houlsby"]
 
 
 @dataclass(frozen=True, slots=True)
-class Houlsby:
+class Houlsby(ChoosesNothing):
     """`f + U act(D f + d) + u` with f the output of attention or MLP, before it joins the residual stream.
 
     Houlsby et al., 2019, arXiv 1902.00751, figure 2. It cannot be merged. Sizes are bottleneck widths.
@@ -76,7 +77,3 @@ class Houlsby:
         Without such evidence the gain is 0.
         """
         return branch_gains(evidence, sizes)
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None

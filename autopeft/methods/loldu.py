@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
@@ -20,6 +20,7 @@ from autopeft.methods._drawn import own_generator
 from autopeft.methods._host import host_tensor, new_parameter
 from autopeft.methods._ldu import ldu
 from autopeft.methods._sizes import check_size, half_octaves
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["DiagonalStart", "LoLDU", "LoLDUAdapter"]
 
@@ -28,7 +29,7 @@ DiagonalStart = Literal["lu", "ones", "zeros", "constant", "normal", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
-class LoLDU:
+class LoLDU(ChoosesNothing):
     """`W + s P L_r diag(z - z_0) U_r`, the first r atoms of `W = P L D U` with their diagonal z trained.
 
     Shi et al., 2024, arXiv 2410.13618; W absorbs the initial term, so that every start is an exact identity. L and U
@@ -105,10 +106,6 @@ class LoLDU:
         along = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), inner[:, None], upper=False)[:, 0]
         held = along.square().cumsum(0)
         return tuple(float(held[min(size, rank) - 1]) for size in sizes)
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class LoLDUAdapter(DiagonalAdapter):

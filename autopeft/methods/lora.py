@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
-from autopeft.core.site import Site, Slot
+from autopeft.core.site import Site
 from autopeft.methods._host import is_plain, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._scaling import Scaling, lora_scale
-from autopeft.methods._sizes import check_size, powers_of_two
+from autopeft.methods._sizes import check_size
 from autopeft.methods._spectrum import captured, squared_singular_values
+from autopeft.methods._traits import LowRankSized
 
 __all__ = ["LoRA", "LoRAAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class LoRA:
+class LoRA(LowRankSized):
     """`W + s B A` with A (r, in) and B (out, r) trained (Hu et al., 2021, arXiv 2106.09685, section 4.1).
 
     B starts at zero, so the change is zero at step 0 and A has no gradient before the first step. The weight of a
@@ -47,16 +48,6 @@ class LoRA:
     def __post_init__(self) -> None:
         lora_scale("lora", self.alpha, self.scaling, 1)
 
-    def slots(self, site: Site) -> tuple[Slot, ...]:
-        """`weight` of a Linear or Conv2d that is larger than its rank-1 factors."""
-        return ("weight",) if self.sizes(site) else ()
-
-    def sizes(self, site: Site) -> tuple[int, ...]:
-        """Powers of two whose factors have fewer entries than the weight itself."""
-        if not site.is_matrix or "weight" not in site.slots:
-            return ()
-        return powers_of_two((site.n_weight - 1) // (site.in_features + site.out_features))
-
     def cost(self, site: Site, size: int) -> Cost:
         """`r (in_features + out_features)`; changes every entry of the weight."""
         r = check_size("lora", site, size, self.sizes(site))
@@ -76,10 +67,6 @@ class LoRA:
     def mergeable(self, site: Site) -> bool:
         """Yes: the change is one of the host's own tensors."""
         return True
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class LoRAAdapter(LowRankAdapter):

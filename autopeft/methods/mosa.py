@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
@@ -28,6 +28,7 @@ from autopeft.methods._parallel import (
     kaiming,
 )
 from autopeft.methods._sizes import check_size
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["MoSA", "MoSAAdapter"]
 
@@ -36,7 +37,7 @@ _MOST_EXPERTS = 255
 
 
 @dataclass(frozen=True, slots=True)
-class MoSA:
+class MoSA(ChoosesNothing):
     """`mlp(norm(x)) + s (U gelu(D norm'(x) + d) + u)`, whose matrices are trained through experts of disjoint entries.
 
     Zhang et al., 2023, arXiv 2312.02923. Every entry of a matrix that is split belongs to one of E experts,
@@ -109,10 +110,6 @@ class MoSA:
         of E, and that averages are taken, only changes the size of a step. Without such evidence the gain is 0.
         """
         return branch_gains(evidence, sizes)
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class MoSAAdapter(ParallelBottleneck):

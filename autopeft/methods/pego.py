@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
@@ -20,12 +20,13 @@ from autopeft.methods._l1 import L1OfProduct
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size, powers_of_two
 from autopeft.methods._spectrum import captured, squared_singular_values
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["PEGO", "PEGOAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class PEGO:
+class PEGO(ChoosesNothing):
     """`W + sum of B_i A_i` over N members of rank r, with a penalty that keeps them apart.
 
     Hu et al., 2024, arXiv 2407.15085: to the loss is added, per weight, `strength` times
@@ -84,10 +85,6 @@ class PEGO:
         """
         energies = squared_singular_values(evidence["weight"].signal.flatten(1))
         return captured(energies, [self.members * size for size in sizes])
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class PEGOAdapter(LowRankAdapter):

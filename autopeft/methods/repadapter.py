@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
@@ -19,13 +19,14 @@ from autopeft.methods._host import is_plain, new_parameter
 from autopeft.methods._parallel import check_dropout, check_scale
 from autopeft.methods._sizes import check_size
 from autopeft.methods._spectrum import captured, energy, squared_singular_values
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods.base import Adapter
 
 __all__ = ["RepAdapter", "RepAdapterModule"]
 
 
 @dataclass(frozen=True, slots=True)
-class RepAdapter:
+class RepAdapter(ChoosesNothing):
     """`W x' + b` with `x' = x + s (U (D x + d) + u)`, U sparse in groups: in front of qkv and of fc1.
 
     Luo et al., 2023, arXiv 2302.08106. Everything is linear, so that it merges exactly:
@@ -98,10 +99,6 @@ class RepAdapter:
         ranks = [-(-size // self.groups) for size in sizes]
         parts = [captured(squared_singular_values(rows), ranks) for rows in torch.tensor_split(w.T @ g, self.groups)]
         return tuple(shift + sum(energies) for energies in zip(*parts, strict=True))
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class RepAdapterModule(Adapter):

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from autopeft.core.budget import Cost
 from autopeft.core.menu import Indices, Option
 from autopeft.core.scores import Evidence
-from autopeft.core.site import Site, Slot
+from autopeft.core.site import Site
 from autopeft.errors import UsageError
 from autopeft.methods._chosen import smallest_entries
 from autopeft.methods._host import host_tensor, rows_of
-from autopeft.methods._sizes import check_size, powers_of_two
+from autopeft.methods._sizes import check_size
 from autopeft.methods._spectrum import captured
+from autopeft.methods._traits import EntrySized
 from autopeft.methods.sparse import SparseAdapter, SparseSlot
 
 __all__ = ["SaRA", "SaRAAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class SaRA:
+class SaRA(EntrySized):
     """`W + S`, S zero but at the n entries of W that are smallest in magnitude.
 
     Hu et al., 2024, arXiv 2409.06633, sections 3.2 and 3.4: weights below a threshold do next to nothing in the
@@ -53,21 +54,6 @@ class SaRA:
             raise UsageError(f"sara: slot must be one of {', '.join(get_args(SparseSlot))}, got {self.slot!r}")
         if not 0 <= self.switch <= 1:
             raise UsageError(f"sara: switch must be a fraction of training from 0 to 1, got {self.switch!r}")
-
-    def slots(self, site: Site) -> tuple[Slot, ...]:
-        """`weight` or `bias`, as the method is set, of a Linear, convolution, norm or LayerScale."""
-        if site.kind in ("tokens", "block", "group", "residual") or self.slot not in site.slots:
-            return ()
-        return (self.slot,) if self._n(site) else ()
-
-    def _n(self, site: Site) -> int:
-        return site.n_bias if self.slot == "bias" else site.n_weight
-
-    def sizes(self, site: Site) -> tuple[int, ...]:
-        """Powers of two, and all entries of the tensor."""
-        if not self.slots(site):
-            return ()
-        return tuple(sorted({*powers_of_two(self._n(site)), self._n(site)}))
 
     def cost(self, site: Site, size: int) -> Cost:
         """N values of 32 bits; their positions follow from the weight."""

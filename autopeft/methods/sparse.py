@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from autopeft.core.budget import Cost
 from autopeft.core.menu import Indices, Option
 from autopeft.core.scores import Evidence
-from autopeft.core.site import Site, Slot
+from autopeft.core.site import Site
 from autopeft.errors import UsageError
 from autopeft.methods._axis import along
 from autopeft.methods._chosen import best_entries
 from autopeft.methods._host import is_plain, new_parameter
-from autopeft.methods._sizes import check_size, powers_of_two
+from autopeft.methods._sizes import check_size
 from autopeft.methods._sparse import SparseConv, SparseLinear
 from autopeft.methods._spectrum import captured
+from autopeft.methods._traits import EntrySized
 from autopeft.methods.base import Adapter, Role
 
 __all__ = ["Sparse", "SparseAdapter", "SparseSlot"]
@@ -29,7 +30,7 @@ SparseSlot = Literal["weight", "bias"]
 
 
 @dataclass(frozen=True, slots=True)
-class Sparse:
+class Sparse(EntrySized):
     """`W + S`, S zero but for n trained values at fixed positions.
 
     SPT's unstructured part (He et al., 2023, arXiv 2303.08566, section 3.2). State and gradients take n numbers; an
@@ -46,21 +47,6 @@ class Sparse:
     def __post_init__(self) -> None:
         if self.slot not in get_args(SparseSlot):
             raise UsageError(f"sparse: slot must be one of {', '.join(get_args(SparseSlot))}, got {self.slot!r}")
-
-    def slots(self, site: Site) -> tuple[Slot, ...]:
-        """`weight` or `bias`, as the method is set, of a Linear, convolution, norm or LayerScale."""
-        if site.kind in ("tokens", "block") or self.slot not in site.slots:
-            return ()
-        return (self.slot,) if self._n(site) else ()
-
-    def _n(self, site: Site) -> int:
-        return site.n_bias if self.slot == "bias" else site.n_weight
-
-    def sizes(self, site: Site) -> tuple[int, ...]:
-        """Powers of two, and all entries of the tensor."""
-        if not self.slots(site):
-            return ()
-        return tuple(sorted({*powers_of_two(self._n(site)), self._n(site)}))
 
     def cost(self, site: Site, size: int) -> Cost:
         """Per entry a value of 32 bits, and a position of 32 bits that is stored and not trained."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
@@ -19,12 +19,13 @@ from autopeft.methods._diagonal import DiagonalAdapter, diagonal_energies
 from autopeft.methods._host import host_tensor, new_parameter
 from autopeft.methods._sizes import check_size, half_octaves
 from autopeft.methods._spectrum import captured
+from autopeft.methods._traits import ChoosesNothing
 
 __all__ = ["SVFit", "SVFitAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class SVFit:
+class SVFit(ChoosesNothing):
     """`U_r diag(sigma) V_r^T + W_e`: the r largest singular values are trained, the rest of W is frozen.
 
     Sun et al., 2024, arXiv 2409.05926. What is trained is `sigma - sigma_0`, from zero: an exact identity at the start,
@@ -83,10 +84,6 @@ class SVFit:
             limit = len(values) if self.energy is None else _rank_of_share(values, self.energy)
         energies = diagonal_energies(known.signal, u, v, sizes)
         return captured(energies, [min(size, limit) for size in sizes])
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class SVFitAdapter(DiagonalAdapter):

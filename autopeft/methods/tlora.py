@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
@@ -19,6 +19,7 @@ from autopeft.methods._host import new_parameter
 from autopeft.methods._ring import factorise, ring_matrix, ring_outer
 from autopeft.methods._sizes import check_size, half_octaves, powers_of_two
 from autopeft.methods._spectrum import captured, energy, squared_singular_values
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods._transform import project_on_transforms
 from autopeft.methods.base import Adapter
 
@@ -29,7 +30,7 @@ TLoRAResidual = Literal["lora", "ring", "ring_matrix"]
 
 
 @dataclass(frozen=True, slots=True)
-class TLoRA:
+class TLoRA(ChoosesNothing):
     """`W T + s D`: T transforms the input and starts at the identity, D is a compact residual that starts at zero.
 
     Tao et al., 2025, arXiv 2501.08727 (also called TRA). T (in, in) is a tensor-ring matrix: with in = d_1 ... d_N,
@@ -139,10 +140,6 @@ class TLoRA:
             return tuple(held + gain for gain in captured(squared_singular_values(rest), sizes))
         shares = (min(1.0, self._residual_count(site, size) / site.n_weight) for size in sizes)
         return tuple(held + share * energy(rest) for share in shares)
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class TLoRAAdapter(Adapter):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.methods._host import new_parameter
@@ -26,13 +26,14 @@ from autopeft.methods._prompts import (
     without_prompts,
 )
 from autopeft.methods._sizes import check_size
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods.base import Adapter
 
 __all__ = ["VPT", "VPTAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class VPT:
+class VPT(ChoosesNothing):
     """p trained tokens that a block sees beside its own, and that are taken out of its output.
 
     VPT-Deep of Jia et al., 2022, arXiv 2203.12119, one option per block. Sizes are numbers of prompts p.
@@ -82,10 +83,6 @@ class VPT:
         attention, and no evidence at the block's output describes it.
         """
         return prompt_gains(site, evidence, tuple(sizes))
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class VPTAdapter(Adapter):

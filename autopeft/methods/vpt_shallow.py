@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.budget import Cost
-from autopeft.core.menu import Indices, Option
+from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.methods._host import new_parameter
@@ -27,6 +27,7 @@ from autopeft.methods._prompts import (
     without_prompts,
 )
 from autopeft.methods._sizes import check_size
+from autopeft.methods._traits import ChoosesNothing
 from autopeft.methods.base import Adapter, Shared
 
 __all__ = ["VPTShallow", "VPTShallowAdapter", "VPTShallowPrompts"]
@@ -35,7 +36,7 @@ _NUMBERED = re.compile(r"^(.*?)(\d+)$")
 
 
 @dataclass(frozen=True, slots=True)
-class VPTShallow:
+class VPTShallow(ChoosesNothing):
     """p trained tokens put behind those of the first block, and taken out behind the last one.
 
     VPT-Shallow of Jia et al., 2022, arXiv 2203.12119. Sizes are numbers of prompts p. It acts on the group
@@ -97,10 +98,6 @@ class VPTShallow:
         """
         first = self.parts(site)[0][0]
         return prompt_gains(first, evidence.members.get(first.name), tuple(sizes))
-
-    def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
-        """None: no entries are chosen."""
-        return None
 
 
 class VPTShallowPrompts(Shared):
