@@ -1,0 +1,63 @@
+"""The arithmetic that studies draw conclusions with, against numbers worked by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+STUDIES = Path(__file__).parent.parent / "studies"
+
+
+def loaded(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), STUDIES / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def inference() -> ModuleType:
+    return loaded("budget_frontier/inference.py")
+
+
+def test_signs_are_flipped_exactly(inference: ModuleType) -> None:
+    # Of the eight sign patterns of 1, 2, 3 two have a sum as far from 0 as 6; of 1, -2, 3 six have one as far as 2.
+    assert inference.sign_flip([1.0, 2.0, 3.0]) == 2 / 8
+    assert inference.sign_flip([1.0, -2.0, 3.0]) == 6 / 8
+    assert inference.sign_flip([0.0, 0.0]) == 1.0
+    with pytest.raises(ValueError, match="20 at most"):
+        inference.sign_flip([1.0] * 21)
+
+
+def test_holm_steps_down(inference: ModuleType) -> None:
+    # 3 x 0.01, 2 x 0.03, then 1 x 0.04 is raised to what came before it.
+    assert inference.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert inference.holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+
+
+def test_the_bootstrap_knows_a_difference_from_none(inference: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    none = [rng.integers(-1, 2, (3, 200)).astype(float) for _ in range(4)]
+    mean, low, high = inference.bootstrap(none, draws=500)
+    assert low < 0 < high
+    assert mean == pytest.approx(np.mean([cell.mean() for cell in none]))
+    assert inference.bootstrap([np.ones((3, 50))] * 2, draws=50) == (1.0, 1.0, 1.0)
+    # One cell of n samples that are right with probability p: the interval is about 1.96 standard errors to each side.
+    one = (rng.random((1, 400)) < 0.5).astype(float)
+    mean, low, high = inference.bootstrap([one], draws=4000)
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(mean * (1 - mean) / 400), rel=0.1)
+
+
+def test_the_gap_closed_is_a_ratio_of_sums(inference: ModuleType) -> None:
+    gains, gaps = [np.full((2, 10), 0.1), np.full((2, 10), 0.3)], [np.full((2, 10), 0.2), np.full((2, 10), 0.3)]
+    share, low, high = inference.gap_closed(gains, gaps, draws=200)
+    assert share == pytest.approx(0.4 / 0.5)
+    # Cells are drawn with replacement: twice the first gives a half, twice the second one.
+    assert low == pytest.approx(0.5)
+    assert high == pytest.approx(1.0)
