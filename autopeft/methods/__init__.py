@@ -14,6 +14,8 @@ BUILTIN = {
     "earth_adapter": "autopeft.methods.earth_adapter:EarthAdapter",
     "fact": "autopeft.methods.fact:FacT",
     "flora": "autopeft.methods.flora:FLoRA",
+    "full": "autopeft.methods.full:Full",
+    "gamma": "autopeft.methods.gamma:Gamma",
     "houlsby": "autopeft.methods.houlsby:Houlsby",
     "intrinsic_dim": "autopeft.methods.intrinsic_dim:IntrinsicDim",
     "loldu": "autopeft.methods.loldu:LoLDU",

@@ -47,7 +47,7 @@ class DiagonalAdapter(LowRankAdapter):
         """`left diag(change) right` as a tensor of the site's shape."""
         return {"weight": ((self.left * self.change()) @ self.right).view(self.site.shape)}
 
-    def low_rank(self) -> tuple[Tensor, Tensor]:
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """`(right, left diag(change))`."""
         return self.right.clone(), (self.left * self.change().detach())
 

@@ -46,8 +46,8 @@ def block_paths(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[str, ...
 
 
 _BRANCHES = (
-    (re.compile(r"^(attn|attention|self_attn|token_mixer|mixer|mlp_tokens)$"), "attn"),
-    (re.compile(r"^(mlp|ffn|feed_forward|mlp_channels)$"), "mlp"),
+    (re.compile(r"^(attn\d*|attention|self_attn|token_mixer|mixer|mlp_tokens)$"), "attn"),
+    (re.compile(r"^(mlp|ff|ffn|feed_forward|mlp_channels)$"), "mlp"),
 )
 
 

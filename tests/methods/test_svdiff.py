@@ -16,6 +16,28 @@ class TestLaws(MethodLaws):
         return SVDiff()
 
 
+class TestLawsWithNorms(MethodLaws):
+    def make(self) -> Method:
+        return SVDiff(norms=True)
+
+
+@pytest.mark.parametrize("host", [nn.LayerNorm(2), nn.BatchNorm2d(2)])
+def test_a_norm_has_one_singular_value(site_of, build, evidence_of, host: nn.Module) -> None:
+    site = site_of(host)
+    assert SVDiff().sizes(site) == ()
+    assert SVDiff(norms=True).cost(site, 1).trainable == 1
+    with torch.no_grad():
+        host.weight.copy_(torch.tensor([3.0, 4.0]))
+    adapter = build(SVDiff(norms=True), site, host, 1)
+    with torch.no_grad():
+        adapter.shift.fill_(10.0)
+    torch.testing.assert_close(adapter.merge({"weight": host.weight})["weight"], torch.tensor([9.0, 12.0]))
+    assert adapter.low_rank() is None
+    # The gradient (1, 2) along (3, 4) / 5 is 11 / 5.
+    known = evidence_of(site, {"weight": host.weight.detach()}, {"weight": torch.tensor([1.0, 2.0])})
+    assert SVDiff(norms=True).gains(site, known, (1,)) == pytest.approx((4.84,))
+
+
 def test_hand_worked(site_of, build) -> None:
     host = nn.Linear(2, 2)
     with torch.no_grad():
