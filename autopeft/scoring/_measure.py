@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from autopeft.core.contracts import Task
 from autopeft.core.scores import ScoreOrigin
 from autopeft.core.site import Catalog
-from autopeft.errors import DataError
+from autopeft.errors import DataError, UsageError
 from autopeft.scoring._batches import portions
 from autopeft.scoring._hooks import forward_in
 from autopeft.scoring._hosts import Hosts, Known
-from autopeft.scoring._moments import Moments
+from autopeft.scoring._moments import Make, Moments, plain_sums
 from autopeft.scoring._per_sample import PerSample
 from autopeft.scoring._ranks import Ranks
 from autopeft.scoring._streaming import Streaming
@@ -58,10 +58,21 @@ class Measured:
         )
 
 
-def measure(settings: Gradient, model: nn.Module, catalog: Catalog, task: Task, seed: int) -> Measured:
+def measure(
+    settings: Gradient, model: nn.Module, catalog: Catalog, task: Task, seed: int, make: Make = plain_sums
+) -> Measured:
     """Moments of the gradient of every tensor of a catalogue over the inner split.
 
     Where a process group exists, its ranks share the batches and all of them get the same sums.
+
+    Args:
+        settings: what is looked at, and how.
+        model: the model.
+        catalog: its catalogue.
+        task: the task.
+        seed: of the order and augmentation of the samples.
+        make: makes the sums of a tensor. Other sums than the plain ones depend on whole batches in their order, so
+            they are for mode `per_batch` and a single process.
 
     Raises:
         AutopeftError: when another rank failed.
@@ -71,19 +82,24 @@ def measure(settings: Gradient, model: nn.Module, catalog: Catalog, task: Task, 
             given the same.
     """
     start = time.perf_counter()
+    # A sample by itself is a batch of one: the same gradients, without the machinery.
+    whole = settings.mode == "per_batch" or settings.batch_size == 1
     hosts = Hosts(model, catalog)
     blocks = {s.name: (s, model.get_submodule(s.module)) for s in hosts.blocks} if settings.blocks else {}
     moments: dict[str, Moments] = {}
     samples, units = [0, 0], 0
     like = next(iter(hosts.parameters.values()))
     ranks = Ranks(like.device)
-    # A sample by itself is a batch of one: the same gradients, without the machinery.
-    whole = settings.mode == "per_batch" or settings.batch_size == 1
+    if make is not plain_sums and (ranks.number > 1 or not whole):
+        raise UsageError(
+            f"this scorer follows the gradients of whole batches in one process; it was given mode {settings.mode!r} "
+            f"and {ranks.number} ranks. Use gradient.mode=per_batch, and score before the ranks start"
+        )
     with borrowed(model, hosts.parameters.values()), torch.enable_grad():
 
         def work() -> float:
             nonlocal units
-            streaming = Streaming(hosts.parameters, blocks, moments, settings.halves)
+            streaming = Streaming(hosts.parameters, blocks, moments, settings.halves, make)
             per_sample = PerSample(model, catalog, hosts, blocks, moments, settings)
             with contextlib.ExitStack() as stack:
                 if whole:
@@ -116,7 +132,7 @@ def measure(settings: Gradient, model: nn.Module, catalog: Catalog, task: Task, 
                 parameter = hosts.parameters.get(key)
                 n_channels = blocks[key][0].shape[0] if parameter is None else 0
                 shape = torch.Size((n_channels, n_channels)) if parameter is None else parameter.shape
-                moments[key] = Moments(shape, like if parameter is None else parameter, settings.halves)
+                moments[key] = make(key, shape, like if parameter is None else parameter, settings.halves)
             elif key in blocks and ranks.number > 1:
                 moments[key].to(like)
             found = moments.pop(key)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from autopeft.scoring._hosts import Known
 
-__all__ = ["Moments"]
+__all__ = ["Make", "Moments", "plain_sums"]
 
 
 class Moments:
@@ -61,3 +63,13 @@ class Moments:
             half_a=halves[0] if halves else None,
             half_c=halves[1] if halves else None,
         )
+
+
+Make = Callable[[str, torch.Size, Tensor, bool], Moments]
+"""Makes the sums of one tensor: its key, shape, a tensor with its type and device (the parameter itself, where there is
+one), and whether the halves of the pass are kept apart."""
+
+
+def plain_sums(key: str, shape: torch.Size, like: Tensor, halves: bool) -> Moments:
+    """First and second moments alone."""
+    return Moments(shape, like, halves)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autopeft.core.site import Site
 from autopeft.errors import Diverged, UsageError
 from autopeft.scoring._hooks import backward, when_complete, when_known
-from autopeft.scoring._moments import Moments
+from autopeft.scoring._moments import Make, Moments, plain_sums
 
 __all__ = ["Streaming", "channel_rows", "refuse_reentrant", "usable_loss"]
 
@@ -27,6 +27,7 @@ class Streaming:
         blocks: residual blocks to take the output matrix of, by name.
         moments: the sums, by key and by block name; filled as gradients arrive.
         halves: whether first moments are kept for each half of the pass.
+        make: makes the sums of a tensor when its first gradient arrives.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Streaming:
         blocks: Mapping[str, tuple[Site, nn.Module]],
         moments: dict[str, Moments],
         halves: bool,
+        make: Make = plain_sums,
     ) -> None:
         self._parameters = parameters
         self._blocks = blocks
         self._moments = moments
         self._halves = halves
+        self._make = make
         self._weight = 1.0
         self._half = 0
         self._arrived: set[str] = set()
@@ -96,7 +99,7 @@ class Streaming:
             self._arrived.add(key)
             assert gradient is not None
             if key not in self._moments:
-                self._moments[key] = Moments(parameter.shape, parameter, self._halves)
+                self._moments[key] = self._make(key, parameter.shape, parameter, self._halves)
             self._moments[key].add(gradient, self._weight, self._half)
 
         return consume
@@ -122,7 +125,7 @@ class Streaming:
         # A block that runs several times has one matrix: the sum over its runs, squared afterwards.
         matrix = self._pending.pop(name)
         if name not in self._moments:
-            self._moments[name] = Moments(matrix.shape, matrix, self._halves)
+            self._moments[name] = self._make(name, matrix.shape, matrix, self._halves)
         self._moments[name].add(matrix, self._weight, self._half)
 
 

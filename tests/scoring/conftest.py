@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autopeft.core.site import Catalog, Site
+
 
 class PlainTask:
     """Given images and labels in file order, in whatever type; shuffled by a seed. The loss may be replaced."""
@@ -69,3 +71,13 @@ def gradients_of() -> Callable[..., dict[str, Tensor]]:
         return {name: torch.zeros_like(p) if g is None else g for name, p, g in pairs}
 
     return compute
+
+
+@pytest.fixture
+def line(plain_task: type[PlainTask]) -> tuple[nn.Module, Catalog, Any]:
+    """One weight row (3,) under a loss that is linear in it, so that the gradient of a sample is the sample."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False)).double()
+    images = torch.tensor([[1.0, 0.0], [3.0, 0.0], [-1.0, 2.0], [1.0, 2.0]], dtype=torch.float64)
+    task = plain_task(images, torch.zeros(4), lambda out, y: out[:, 0])
+    site = Site("0", "0", "linear", (1, 2), False, 0, "other", ("weight",))
+    return model, Catalog((site,), (), 2, 0, 1), task

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from autopeft.core.site import Catalog, Place, Site
+from autopeft.core.site import Catalog, Place
 from autopeft.errors import UsageError
 from autopeft.models.scan import scan
 from autopeft.scoring.fisher import Fisher
@@ -16,16 +16,6 @@ from autopeft.testing.tiny import tiny_vit
 
 FILE = Gradient(batch_size=2, order="file", halves=True)
 PARTS = Gradient(batch_size=4, order="file", halves=True, squares=True)
-
-
-@pytest.fixture
-def line(plain_task: type) -> tuple[nn.Module, Catalog, Any]:
-    """One weight row (3,) under a loss that is linear in it, so that the gradient of a sample is the sample."""
-    model = nn.Sequential(nn.Linear(2, 1, bias=False)).double()
-    images = torch.tensor([[1.0, 0.0], [3.0, 0.0], [-1.0, 2.0], [1.0, 2.0]], dtype=torch.float64)
-    task = plain_task(images, torch.zeros(4), lambda out, y: out[:, 0])
-    site = Site("0", "0", "linear", (1, 2), False, 0, "other", ("weight",))
-    return model, Catalog((site,), (), 2, 0, 1), task
 
 
 def test_hand_worked(line: tuple[nn.Module, Catalog, Any]) -> None:

@@ -3,10 +3,15 @@ from __future__ import annotations
 import pytest
 
 from autopeft.core.contracts import Scorer
+from autopeft.scoring.eva import EVA
 from autopeft.scoring.fisher import Fisher
 from autopeft.scoring.gradient import Gradient
+from autopeft.scoring.grasp import GraSP
 from autopeft.scoring.magnitude import Magnitude
+from autopeft.scoring.nvit import NViT
 from autopeft.scoring.random import Random
+from autopeft.scoring.sensitivity import Sensitivity
+from autopeft.scoring.snip import SNIP
 from autopeft.testing.scorer_laws import BROKEN, ScorerLaws
 
 LAWS = [name for name in dir(ScorerLaws) if name.startswith("test_")]
@@ -49,6 +54,31 @@ class TestFisherPerSample(ScorerLaws):
 
     def make(self) -> Scorer:
         return Fisher(Gradient(mode="per_sample", halves=True), power=1.0)
+
+
+class TestSNIP(ScorerLaws):
+    def make(self) -> Scorer:
+        return SNIP()
+
+
+class TestNViT(ScorerLaws):
+    def make(self) -> Scorer:
+        return NViT()
+
+
+class TestSensitivity(ScorerLaws):
+    def make(self) -> Scorer:
+        return Sensitivity()
+
+
+class TestGraSP(ScorerLaws):
+    def make(self) -> Scorer:
+        return GraSP()
+
+
+class TestEVA(ScorerLaws):
+    def make(self) -> Scorer:
+        return EVA()
 
 
 class TestMagnitude(ScorerLaws):
