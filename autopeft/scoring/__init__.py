@@ -1,6 +1,7 @@
 """Sensitivity and importance: one file per scorer, a value for every place of the model."""
 
 BUILTIN = {
+    "calibrated": "autopeft.scoring.calibrated:Calibrated",
     "eva": "autopeft.scoring.eva:EVA",
     "fisher": "autopeft.scoring.fisher:Fisher",
     "gradient": "autopeft.scoring.gradient:Gradient",

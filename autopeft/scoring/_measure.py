@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,13 @@ class Measured:
 
 
 def measure(
-    settings: Gradient, model: nn.Module, catalog: Catalog, task: Task, seed: int, make: Make = plain_sums
+    settings: Gradient,
+    model: nn.Module,
+    catalog: Catalog,
+    task: Task,
+    seed: int,
+    make: Make = plain_sums,
+    around: Callable[[int], contextlib.AbstractContextManager[None]] | None = None,
 ) -> Measured:
     """Moments of the gradient of every tensor of a catalogue over the inner split.
 
@@ -73,6 +80,7 @@ def measure(
         seed: of the order and augmentation of the samples.
         make: makes the sums of a tensor. Other sums than the plain ones depend on whole batches in their order, so
             they are for mode `per_batch` and a single process.
+        around: what the forward pass of a batch, by its number, runs in; mode `per_batch` alone.
 
     Raises:
         AutopeftError: when another rank failed.
@@ -90,6 +98,7 @@ def measure(
     samples, units = [0, 0], 0
     like = next(iter(hosts.parameters.values()))
     ranks = Ranks(like.device)
+    surrounded = around or (lambda number: contextlib.nullcontext())
     if make is not plain_sums and (ranks.number > 1 or not whole):
         raise UsageError(
             f"this scorer follows the gradients of whole batches in one process; it was given mode {settings.mode!r} "
@@ -113,8 +122,8 @@ def measure(
                     units += 1 if whole else n
                     if whole:
 
-                        def loss(batch: object = batch) -> Tensor:
-                            with forward_in(settings.amp, like.device):
+                        def loss(batch: object = batch, number: int = number) -> Tensor:
+                            with forward_in(settings.amp, like.device), surrounded(number):
                                 return task.loss(model, batch)
 
                         streaming.step(loss, n, half)

@@ -13,7 +13,9 @@ from autopeft.core.contracts import Task
 from autopeft.core.outcome import Split
 from autopeft.core.site import Catalog
 from autopeft.errors import UsageError
-from autopeft.training._features import Features, features_of, folds_of, temperature_of
+from autopeft.scoring.ridge import Ridge
+from autopeft.scoring.temperature import temperature_of
+from autopeft.training._features import Features, features_of, folds_of
 from autopeft.training._logistic import logistic_path
 
 __all__ = ["Probe", "lbfgs_probe", "ridge_probe"]
@@ -79,7 +81,7 @@ def ridge_probe(
     centred = data.x - data.x.mean(0)
     unit = float(centred.square().sum()) / data.x.shape[1]
     penalties = [a * unit for a in _checked(alphas, _RIDGE)]
-    parts = [_Ridge(data.x[fold != k], data.onehot[fold != k]) for k in range(folds)]
+    parts = [Ridge(data.x[fold != k], data.onehot[fold != k]) for k in range(folds)]
     best: Probe | None = None
     for alpha in penalties:
         held_out = torch.empty(len(fold), data.classes, dtype=torch.float64)
@@ -90,7 +92,7 @@ def ridge_probe(
         if best is None or nll < best.cv_nll:
             best = Probe({}, alpha, temperature, _accuracy(held_out, data), nll)
     assert best is not None
-    weight, bias = _Ridge(data.x, data.onehot).solve(best.alpha)
+    weight, bias = Ridge(data.x, data.onehot).solve(best.alpha)
     state = data.state(weight / best.temperature, bias / best.temperature)
     return Probe(state, best.alpha, best.temperature, best.cv_accuracy, best.cv_nll)
 
@@ -141,30 +143,6 @@ def lbfgs_probe(
     stronger = [a for a in penalties if a >= alpha]
     *_, (_, weight, bias) = logistic_path(data.x, data.onehot, stronger)
     return Probe(data.state(weight, bias), alpha, 1.0, _accuracy(held_out[alpha], data), losses[alpha])
-
-
-class _Ridge:
-    """Ridge regressions with a free intercept on the same samples, for any penalty.
-
-    With X and Y centred and `X^T X = V L V^T`: `W^T = V (L + alpha)^-1 V^T X^T Y`; with fewer samples than features
-    `X X^T = U L U^T` and `W^T = X^T U (L + alpha)^-1 U^T Y`.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self._mean, self._level = x.mean(0), y.mean(0)
-        x, y = x - self._mean, y - self._level
-        if x.shape[0] < x.shape[1]:
-            values, vectors = torch.linalg.eigh(x @ x.T)
-            self._basis, self._target = x.T @ vectors, vectors.T @ y
-        else:
-            values, vectors = torch.linalg.eigh(x.T @ x)
-            self._basis, self._target = vectors, vectors.T @ (x.T @ y)
-        self._values = values.clamp(min=0)
-
-    def solve(self, alpha: float) -> tuple[Tensor, Tensor]:
-        """Weight (outputs, features) and bias (outputs,)."""
-        weight = (self._basis @ (self._target / (self._values + alpha)[:, None])).T
-        return weight, self._level - weight @ self._mean
 
 
 def _checked(alphas: Sequence[float] | None, default: Sequence[float]) -> Sequence[float]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from autopeft.core.contracts import Scorer
+from autopeft.scoring.calibrated import Calibrated
 from autopeft.scoring.eva import EVA
 from autopeft.scoring.fisher import Fisher
 from autopeft.scoring.gradient import Gradient
@@ -54,6 +55,18 @@ class TestFisherPerSample(ScorerLaws):
 
     def make(self) -> Scorer:
         return Fisher(Gradient(mode="per_sample", halves=True), power=1.0)
+
+
+class TestCalibrated(ScorerLaws):
+    def make(self) -> Scorer:
+        return Calibrated()
+
+
+class TestCalibratedOfFiniteSteps(ScorerLaws):
+    models = ("vit",)
+
+    def make(self) -> Scorer:
+        return Calibrated(Gradient(batch_size=3, blocks=False), preconditioner="diagonal", reach=0.1, folds=0)
 
 
 class TestSNIP(ScorerLaws):
