@@ -5,5 +5,6 @@ BUILTIN = {
     "uniform": "autopeft.allocation.uniform:Uniform",
     "random": "autopeft.allocation.random:RandomMix",
     "spt": "autopeft.allocation.spt:SPT",
+    "mask": "autopeft.allocation.mask:Mask",
     "head_only": "autopeft.allocation.head_only:HeadOnly",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from autopeft.allocation._cover import serves_as_well
 from autopeft.allocation._roles import role_group
 from autopeft.core.allocation import Allocation, Provenance
 from autopeft.core.budget import Budget
@@ -93,7 +94,7 @@ class Uniform:
             name: site
             for name, site in sorted(menu.sites.items())
             if self._aims_at(site)
-            and (name in offered or any(_serves_as_well(site, other) for other in known))
+            and (name in offered or any(serves_as_well(site, other) for other in known))
             and not (self.target == "all" and site.role == "stem" and _on_matrix(site, offered.get(name, [])))
         }
         if self.target != "qv":
@@ -123,13 +124,3 @@ def _widest(offered: dict[str, list[Option]]) -> dict[str, list[Option]]:
 def _on_matrix(site: Site, options: list[Option]) -> bool:
     """Whether options here change the weight of a matrix; true without options, as for a site that cannot pay."""
     return site.is_matrix and all(any(place.slot == "weight" for place in o.places) for o in options)
-
-
-def _serves_as_well(site: Site, other: Site) -> bool:
-    """Whether a method that has options at `other` must have some at `site`: alike, and no smaller anywhere."""
-    return (
-        (site.kind, site.groups) == (other.kind, other.groups)
-        and set(site.slots) >= set(other.slots)
-        and site.out_features >= other.out_features
-        and site.in_features >= other.in_features
-    )

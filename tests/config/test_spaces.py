@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_named_spaces() -> None:
-    assert space_names() == ("core_only", "lora_only", "mixed_methods")
+    masks = ("memcontrol_attention", "memcontrol_difffit", "memcontrol_svdiff")
+    assert space_names() == ("core_only", "lora_only", *masks, "mixed_methods")
 
 
 @pytest.mark.parametrize("name", ["core_only", "lora_only", "mixed_methods"])
