@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -13,6 +14,8 @@ from autopeft.errors import UnknownPlugin, UsageError
 __all__ = ["Registry"]
 
 T = TypeVar("T")
+
+_PYTHON = "py:"
 
 
 class Registry(Generic[T]):
@@ -29,6 +32,7 @@ class Registry(Generic[T]):
         self.group = group
         self._builtin = dict(builtin)
         self._added: dict[str, type[T]] = {}
+        self._named: dict[str, type[T]] = {}
         self._found: Mapping[str, str] | None = None
 
     def _table(self) -> dict[str, str | type[T]]:
@@ -64,23 +68,32 @@ class Registry(Generic[T]):
         return name in self._table()
 
     def __getitem__(self, name: str) -> type[T]:
-        """The class behind a name, imported now.
+        """The class behind a name, imported now; `py:package.module:Class` names one that nobody registered.
 
         Raises:
             UnknownPlugin: with a guess at the name that was meant, or when the class cannot be imported.
         """
+        if name.startswith(_PYTHON):
+            # As `python -m` does, whatever command was started: the module may lie in the folder that one works in.
+            sys.path.insert(0, "")
+            try:
+                self._named[name] = self._load(name, name.removeprefix(_PYTHON))
+            finally:
+                sys.path.remove("")
+            return self._named[name]
         table = self._table()
         if name not in table:
             near = difflib.get_close_matches(name, table, n=1)
             guess = f" Did you mean {near[0]!r}?" if near else ""
             raise UnknownPlugin(f"no {self.noun} is called {name!r}.{guess} Known: {', '.join(sorted(table))}.")
         target = table[name]
-        if not isinstance(target, str):
-            return target
+        return target if not isinstance(target, str) else self._load(name, target)
+
+    def _load(self, name: str, target: str) -> type[T]:
         module, _, attribute = target.partition(":")
         try:
             loaded: type[T] = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise UnknownPlugin(f"the {self.noun} {name!r} cannot be loaded from {target}: {error}") from error
         return loaded
 
@@ -90,7 +103,7 @@ class Registry(Generic[T]):
         Raises:
             UnknownPlugin: when it is not registered.
         """
-        for name, target in self._table().items():
+        for name, target in {**self._table(), **self._named}.items():
             if target is cls or target == f"{cls.__module__}:{cls.__qualname__}":
                 return name
         raise UnknownPlugin(f"{cls.__module__}:{cls.__qualname__} is not a registered {self.noun}")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import collections
+import decimal
 import fractions
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,27 @@ def test_the_same_class_under_the_same_name_is_no_conflict(monkeypatch: pytest.M
 def test_a_plugin_that_cannot_be_loaded_is_named(target: str) -> None:
     with pytest.raises(UnknownPlugin, match=f"the thing 'broken' cannot be loaded from {target}: "):
         registry({"broken": target})["broken"]
+
+
+def test_a_class_that_nobody_registered_is_named_by_its_path() -> None:
+    things = registry()
+    assert things["py:decimal:Decimal"] is decimal.Decimal
+    assert things.name_of(decimal.Decimal) == "py:decimal:Decimal"
+    assert "py:decimal:Decimal" not in list(things)
+    # One that is registered keeps its own name.
+    assert things["py:fractions:Fraction"] is fractions.Fraction
+    assert things.name_of(fractions.Fraction) == "fraction"
+    for broken in ("py:decimal", "py:decimal:", "py::Decimal", "py:no_such_module:Thing"):
+        with pytest.raises(UnknownPlugin, match=f"the thing '{broken}' cannot be loaded from"):
+            things[broken]
+
+
+def test_a_class_in_the_folder_that_one_works_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thing_of_a_test.py").write_text("class Mine:\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    assert registry()["py:thing_of_a_test:Mine"].__name__ == "Mine"
+    assert sys.path == path
 
 
 def test_a_class_of_this_process_can_be_added() -> None:
