@@ -21,8 +21,8 @@ __all__ = ["BROKEN", "RewardLaws"]
 class RewardLaws:
     """Every reward passes these; inherit, name the class `Test...` and fill in `reward`.
 
-    Override `outcomes` when the reward needs metrics beyond those of classification. `BROKEN` holds one reward per law
-    that breaks this law and no other.
+    Override `outcomes` when the reward needs metrics beyond those of classification, and `task` when it asks more of
+    the task. `BROKEN` holds one reward per law that breaks this law and no other.
     """
 
     def reward(self) -> Reward:
@@ -35,6 +35,18 @@ class RewardLaws:
             Outcome("done", {"top1": top1, "macro_f1": top1, "ece": 0.1, "nll": 1 - top1}, trainable=trainable)
             for top1, trainable in ((0.0, 0), (0.5, 1000), (1.0, 123_456))
         ]
+
+    def task(self) -> Task:
+        """A task that the reward can measure on; `autopeft.testing.toy_generator.ToyGenerator` also makes images."""
+        return ToyTask()
+
+    def model(self) -> nn.Module:
+        """A model of the task, with a layer whose mode matters."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Dropout(0.5), nn.Linear(192, 4))
+        model[1].eval()
+        return model
 
     def test_one_number_and_one_name_per_goal(self) -> None:
         reward = self.reward()
@@ -68,11 +80,7 @@ class RewardLaws:
             assert refused, f"an outcome that is {status} was given a reward"
 
     def test_measuring_leaves_the_model_alone(self) -> None:
-        task = ToyTask()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Dropout(0.5), nn.Linear(192, 4))
-        model[1].eval()
+        task, model = self.task(), self.model()
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         modes = [module.training for module in model.modules()]
         random = torch.get_rng_state()
@@ -81,6 +89,16 @@ class RewardLaws:
         assert [module.training for module in model.modules()] == modes, "the mode of a module was changed"
         assert all(torch.equal(state[name], t) for name, t in model.state_dict().items()), "a tensor was changed"
         assert torch.equal(torch.get_rng_state(), random), "the random state was changed"
+
+    def test_what_was_measured_has_a_value(self) -> None:
+        """The task's metrics with the reward's own, as a trial puts them together, suffice; none is overwritten."""
+        reward, task, model = self.reward(), self.task(), self.model()
+        metrics = dict(task.evaluate(model, "outer"))
+        measured = dict(reward.measure(model, task, "outer"))
+        clash = sorted(metrics.keys() & measured.keys())
+        assert not clash, f"measuring overwrites the task's own {', '.join(clash)}"
+        value = reward.value(Outcome("done", {**metrics, **measured}, trainable=772))
+        assert value, f"the reward of {metrics | measured} is empty"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +163,19 @@ class _Switching(_Plain):
         return {}
 
 
+class _Usurper(_Plain):
+    """Puts its own number in the place of the task's."""
+
+    def measure(self, model: nn.Module, task: Task, split: Split) -> Mapping[str, float]:
+        return {"top1": 1.0}
+
+
 BROKEN: Mapping[str, Callable[[], Reward]] = {
     "test_one_number_and_one_name_per_goal": _TwoNumbers,
     "test_value_is_finite": _Logarithm,
     "test_value_is_pure": _BestSoFar,
     "test_an_outcome_that_is_not_done_is_refused": _Generous,
     "test_measuring_leaves_the_model_alone": _Switching,
+    "test_what_was_measured_has_a_value": _Usurper,
 }
 """Law to a reward that breaks this law and keeps the others."""

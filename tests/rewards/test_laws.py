@@ -48,4 +48,5 @@ def test_a_broken_reward_breaks_its_law_alone(broken: str) -> None:
 def test_the_table_names_the_classes() -> None:
     registry: Registry[Reward] = Registry("reward", "autopeft.rewards", BUILTIN)
     assert registry["metric"] is Metric
+    assert all(registry[name].__module__.startswith("autopeft.rewards.") for name in BUILTIN)
     assert registry["metric_with_cost"] is MetricWithCost
