@@ -83,12 +83,27 @@ def fields_of(cls: type) -> dict[str, Any]:
     """Configurable fields of a dataclass with their annotations.
 
     A field that is typed as a contract and not marked as a plug-in, or that is kept out of the `repr`, is set by the
-    program and not by a study file: such as the methods SPT may buy, which are the study's.
+    program and not by a study file: such as the methods SPT may buy, which are the study's. A plug-in that holds others
+    marks the field by `metadata={"plugin": ROOM}` for one, `{"plugins": ROOM}` for a list: its room lies below the one
+    that knows the registries.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {
-        f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and f.repr and not _is_wired(hints[f.name])
-    }
+    found = {}
+    for f in dataclasses.fields(cls):
+        if f.init and f.repr:
+            hint = _held(f) or hints[f.name]
+            if not _is_wired(hint):
+                found[f.name] = hint
+    return found
+
+
+def _held(field: dataclasses.Field[Any]) -> Any:
+    """The annotation of a field that holds plug-ins, None for any other."""
+    from autopeft.config.plugin import Plugin, PluginList
+
+    if "plugin" in field.metadata:
+        return Annotated[Any, Plugin(field.metadata["plugin"])]
+    return Annotated[Any, PluginList(field.metadata["plugins"])] if "plugins" in field.metadata else None
 
 
 def _is_wired(hint: Any) -> bool:

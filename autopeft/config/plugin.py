@@ -14,7 +14,7 @@ from autopeft.config.registries import ROOMS
 from autopeft.core import codec
 from autopeft.errors import UnknownPlugin
 
-__all__ = ["Plugin", "PluginTable", "describe"]
+__all__ = ["Plugin", "PluginList", "PluginTable", "describe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,41 @@ class Plugin:
         except UnknownPlugin as error:
             raise refuse(str(error), UnknownPlugin) from error
         return validate(Part(cls).annotation, settings)
+
+
+@dataclass(frozen=True, slots=True)
+class PluginList:
+    """Marks a field that holds a tuple of plug-ins, written as a list of what `Plugin` reads.
+
+    Attributes:
+        room: the room whose registry knows the names.
+    """
+
+    room: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """As `Plugin`'s."""
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def read(self, data: Any) -> tuple[Any, ...]:
+        """The plug-ins that a list describes.
+
+        Raises:
+            PydanticCustomError: with every fault of every plug-in.
+        """
+        if not isinstance(data, list):
+            raise refuse(f"expected a list of {ROOMS[self.room].noun}s, got {data!r}")
+        found: list[Any] = []
+        faults: list[Fault] = []
+        for i, item in enumerate(data):
+            try:
+                found.append(Plugin(self.room).read(item))
+            except PydanticCustomError as error:
+                for fault in (error.context or {})["faults"]:
+                    faults.append(Fault((str(i), *fault.path), fault.message, fault.kind, fault.whole))
+        if faults:
+            raise nested(faults)
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,5 +154,14 @@ def describe(plugin: Any, room: str) -> dict[str, Any]:
     Raises:
         UnknownPlugin: when the plug-in's class is not registered.
     """
-    settings = {name: codec.encode(getattr(plugin, name)) for name in fields_of(type(plugin))}
+    settings = {name: _described(hint, getattr(plugin, name)) for name, hint in fields_of(type(plugin)).items()}
     return {"type": ROOMS[room].name_of(type(plugin)), **settings}
+
+
+def _described(hint: Any, value: Any) -> Any:
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Plugin):
+            return describe(value, mark.room)
+        if isinstance(mark, PluginList):
+            return [describe(plugin, mark.room) for plugin in value]
+    return codec.encode(value)
