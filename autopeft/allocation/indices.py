@@ -1,4 +1,4 @@
-"""Which entries the sparse options of a plan train."""
+"""Which entries the sparse options of a plan train, and between which bases its cores lie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from autopeft.core.allocation import Allocation
+from autopeft.core.contracts import BasedMethod
 from autopeft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,18 +25,19 @@ def attach_indices(
     scores: Scores,
     sites: Mapping[str, Site] | None = None,
 ) -> Allocation:
-    """The same plan with `Option.indices` filled in for methods that train chosen entries.
+    """The same plan with `Option.indices` of chosen entries and `Option.bases` from data filled in.
 
-    Options that have their indices already, such as SPT's, keep them.
+    Options that have theirs already, such as SPT's, keep them.
 
     Args:
         allocation: the plan.
         methods: method key to method.
-        scores: the evidence that entries are chosen by.
+        scores: the evidence that entries and bases are chosen by.
         sites: the groups among the plan's sites, by name.
 
     Raises:
-        UsageError: for an option of an unknown method, or a sparse option at a site without evidence.
+        UsageError: for an option of an unknown method, a sparse option at a site without evidence, or bases that
+            nobody has measured.
     """
     return Allocation(
         tuple(_with_indices(option, methods, scores, sites or {}) for option in allocation.options),
@@ -56,7 +58,11 @@ def _with_indices(option: Option, methods: Mapping[str, Method], scores: Scores,
     site = sites.get(option.site)
     evidence = scores.about(site) if site is not None else scores.evidence.get(option.site)
     if evidence is not None:
-        return dataclasses.replace(option, indices=method.select(evidence.site, evidence, option.size))
+        indices = method.select(evidence.site, evidence, option.size)
+        bases = option.bases
+        if bases is None and isinstance(method, BasedMethod):
+            bases = method.bases(evidence.site, evidence, option.size, indices)
+        return dataclasses.replace(option, indices=indices, bases=bases)
     if method.family != "entries":
         return option
     raise UsageError(

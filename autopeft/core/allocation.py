@@ -107,5 +107,12 @@ class Allocation:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits; equal for plans that build the same adapters, whatever gains they were given."""
-        rows = [[o.site, o.method, o.size, o.cost.trainable, o.indices and o.indices.sha256] for o in self.options]
+        rows = [_identity(option) for option in self.options]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _identity(option: Option) -> list[str | int | None]:
+    """What decides what an option builds."""
+    chosen = None if option.indices is None else option.indices.sha256
+    rows: list[str | int | None] = [option.site, option.method, option.size, option.cost.trainable, chosen]
+    return rows if option.bases is None else [*rows, option.bases.sha256]

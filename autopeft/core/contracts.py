@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from autopeft.core.allocation import Allocation
+from autopeft.core.bases import Bases
 from autopeft.core.budget import Budget, Cost
 from autopeft.core.menu import Indices, Menu, Option
 from autopeft.core.outcome import Outcome, Split
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Allocator",
     "Backend",
+    "BasedMethod",
     "Competition",
     "Exporter",
     "GroupMethod",
@@ -173,6 +175,27 @@ class Method(Protocol):
 
     def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
         """The entries a sparse option of this size trains; None for methods that train no chosen entries."""
+        ...
+
+
+@runtime_checkable
+class BasedMethod(Method, Protocol):
+    """A method whose change lies between frozen bases, some of which may come from data.
+
+    Laws: those of `Method`; bases that are neither computed again from the weight nor drawn from a seed are counted as
+    stored, and a plan carries them.
+    """
+
+    @property
+    def measured(self) -> Mapping[str, int]:
+        """Names of the bases that it needs measured, with the most directions that it takes of each; mostly empty.
+
+        They are the keys of `TensorEvidence.bases`.
+        """
+        ...
+
+    def bases(self, site: Site, evidence: Evidence, size: int, indices: Indices | None) -> Bases | None:
+        """The bases that a plan must carry for this option; None where `build` computes them again."""
         ...
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from autopeft.core.bases import Bases
 from autopeft.core.budget import Cost
 from autopeft.core.site import Place, Site
 
@@ -72,6 +73,7 @@ class Option:
         gain: predicted decrease of the validation loss; comparable between all options of one menu.
         places: the places it occupies, sorted.
         indices: which entries, for sparse options once they are chosen.
+        bases: between which frozen matrices, for options whose bases come from data, once they are chosen.
     """
 
     site: str
@@ -81,6 +83,7 @@ class Option:
     gain: float
     places: tuple[Place, ...]
     indices: Indices | None = None
+    bases: Bases | None = None
 
     def __post_init__(self) -> None:
         if self.cost.trainable < 1:

@@ -29,6 +29,8 @@ class TensorEvidence:
         half_a: mean gradient over the first half of the batches, where kept.
         half_c: mean gradient over the second half, where kept.
         square: second moment: mean of the squared gradients, where kept.
+        bases: name (`activation`, `aligned`, `trajectory`) to orthonormal bases measured on the data, best first:
+            (out_features, n) and (in_features, n), float32. Only those that a method of the study asks for.
     """
 
     value: Tensor
@@ -37,6 +39,7 @@ class TensorEvidence:
     half_a: Tensor | None = None
     half_c: Tensor | None = None
     square: Tensor | None = None
+    bases: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from autopeft.core.allocation import Allocation, Provenance
+from autopeft.core.bases import Bases
 from autopeft.core.budget import Budget, Cost
 from autopeft.core.menu import Indices, Option
 from autopeft.core.site import Place
@@ -32,7 +33,7 @@ class Plan:
     """An allocation with everything that is needed to train it again.
 
     Attributes:
-        allocation: the options, with the entries of sparse ones.
+        allocation: the options, with the entries of sparse ones and the bases of those whose bases come from data.
         model: name of the model.
         fingerprint: fingerprint of the catalogue it was made for.
         study: the resolved study as plain data: methods with their settings, train settings, data.
@@ -87,7 +88,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write `plan.json` and, beside it, `plan.safetensors` with the entries of sparse options and the head."""
+    """Write `plan.json` and, beside it, `plan.safetensors` with chosen entries, bases from data and the head."""
     tensors = {
         f"indices/{option.key}": torch.from_numpy(option.indices.values.copy())
         for option in plan.allocation.options
@@ -98,6 +99,12 @@ def write_plan(plan: Plan, path: Path) -> None:
         for option in plan.allocation.options
         if option.indices is not None
         for name, array in option.indices.extra.items()
+    }
+    tensors |= {
+        f"bases/{side}/{option.key}": torch.from_numpy(getattr(option.bases, side).copy())
+        for option in plan.allocation.options
+        if option.bases is not None
+        for side in ("left", "right")
     }
     tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in plan.head.items()}
     data = plan_to_json(plan)
@@ -165,6 +172,8 @@ def _option_to_json(option: Option) -> dict[str, Any]:
     }
     if option.indices is not None:
         row["indices_sha256"] = option.indices.sha256
+    if option.bases is not None:
+        row["bases_sha256"] = option.bases.sha256
     return row
 
 
@@ -182,7 +191,13 @@ def _option_from_json(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         indices = Indices(tensors[f"indices/{key}"].numpy().copy(), extra)
         if indices.sha256 != row["indices_sha256"]:
             raise ValueError(f"the entries of {key} do not match their digest")
-    return Option(row["site"], row["method"], row["size"], cost, float(row["gain"]), places, indices)
+    bases = None
+    if "bases_sha256" in row:
+        key = f"{row['site']}/{row['method']}"
+        bases = Bases(*(tensors[f"bases/{side}/{key}"].numpy().copy() for side in ("left", "right")))
+        if bases.sha256 != row["bases_sha256"]:
+            raise ValueError(f"the bases of {key} do not match their digest")
+    return Option(row["site"], row["method"], row["size"], cost, float(row["gain"]), places, indices, bases)
 
 
 def _read_tensors(path: Path, data: Mapping[str, Any]) -> dict[str, Tensor]:

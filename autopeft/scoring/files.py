@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -155,7 +155,7 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
 def _restore(
     site: Site, slot: str, marks: tuple[str, ...], tensors: Mapping[str, Tensor], evidence: Mapping[str, Evidence]
 ) -> TensorEvidence:
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     for mark in marks:
         field = mark.removesuffix("@")
         if field == mark:

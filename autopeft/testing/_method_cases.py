@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autopeft.core.allocation import Allocation
 from autopeft.core.budget import Budget
-from autopeft.core.contracts import Method
+from autopeft.core.contracts import BasedMethod, Method
 from autopeft.core.menu import Option
 from autopeft.core.places import places_of
 from autopeft.core.scores import Evidence, TensorEvidence
@@ -144,8 +144,21 @@ def _evidence(model: nn.Module, site: Site, outputs: Mapping[str, Tensor]) -> Ev
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         start, stop = site.rows or (0, len(parameter))
         value, signal = parameter.detach()[start:stop], grad[start:stop]
-        slots[slot] = TensorEvidence(value, signal, signal.square())
+        bases = _some_bases(site) if slot == "weight" and site.is_matrix else {}
+        slots[slot] = TensorEvidence(value, signal, signal.square(), bases=bases)
     return Evidence(site, slots)
+
+
+def _some_bases(site: Site) -> dict[str, tuple[Tensor, Tensor]]:
+    """Orthonormal bases under every name that methods know, as if they had been measured."""
+    rank = min(site.out_features, site.in_features)
+    found = {}
+    for number, name in enumerate(("activation", "aligned", "trajectory")):
+        generator = torch.Generator().manual_seed(_SEED + number)
+        draws = (torch.randn(side, rank, generator=generator) for side in (site.out_features, site.in_features))
+        left, right = (torch.linalg.qr(draw)[0].contiguous() for draw in draws)
+        found[name] = (left, right)
+    return found
 
 
 def cases_of(
@@ -176,7 +189,8 @@ def _representatives(method: Method, catalog: Catalog) -> list[Site]:
 def _case(method: Method, ground: Ground, site: Site, size: int) -> Case:
     places = places_of(ground.catalog, method, site)
     indices = method.select(site, ground.about(site), size)
-    option = Option(site.name, KEY, size, method.cost(site, size), 0.0, places, indices)
+    bases = method.bases(site, ground.about(site), size, indices) if isinstance(method, BasedMethod) else None
+    option = Option(site.name, KEY, size, method.cost(site, size), 0.0, places, indices, bases)
     case = Case(ground, site, option, Allocation((option,), Budget(10**9)))
     built = sum(p.numel() for p in case.build(method).parameters())
     option = dataclasses.replace(option, cost=dataclasses.replace(option.cost, trainable=built))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from autopeft.core.allocation import Allocation
+from autopeft.core.bases import Bases
 from autopeft.core.budget import Budget, Cost
 from autopeft.core.menu import Indices, Option
 from autopeft.core.site import Place
@@ -38,6 +39,20 @@ def test_written_and_read_back_is_the_same_plan(plan, tmp_path):
     assert torch.equal(again.head["head.weight"], plan.head["head.weight"])
     assert (again.study, again.seed, again.threads, again.weights_hash) == ({"seed": 3}, 3, 1, "wh")
     assert again.allocation.options[1].indices == plan.allocation.options[1].indices
+
+
+def test_bases_come_back_bit_for_bit(tmp_path):
+    rng = np.random.default_rng(0)
+    bases = Bases(rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32))
+    option = Option("fc", "core", 2, Cost(4, 22, 704, 20, 3), 0.5, (Place("fc", "weight"),), None, bases)
+    write_plan(Plan(Allocation((option,), Budget(10)), "toy", "abc"), tmp_path / "plan.json")
+    again = read_plan(tmp_path / "plan.json").allocation.options[0]
+    assert np.array_equal(again.bases.left, bases.left)
+    assert np.array_equal(again.bases.right, bases.right)
+    assert again == option
+    edit(tmp_path / "plan.json", lambda data: data["options"][0].update(bases_sha256="0" * 64))
+    with pytest.raises(CorruptFile, match="bases of fc/core do not match"):
+        read_plan(tmp_path / "plan.json")
 
 
 def test_json_has_the_documented_keys(plan):
