@@ -37,6 +37,10 @@ class Part(nn.Module):
     moving: ClassVar[frozenset[str]] = frozenset()
     """Names of persistent buffers that training changes, as they appear in the state dict."""
 
+    recomputed: frozenset[str] = frozenset()
+    """Names of buffers that are not saved because a decomposition of the host's weight, or a seed, gives them again:
+    exports say what they were, so that another machine's result can be compared."""
+
     patience: int = 2
     """Training steps within which every parameter has had a gradient that is not zero; more where a step trains a
     random part of them."""

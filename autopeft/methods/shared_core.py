@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from autopeft.methods._grouped import Grouped, member_evidence, member_signal
 from autopeft.methods._host import host_tensor, is_plain, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size
-from autopeft.methods.base import Shared
+from autopeft.methods.base import Role, Shared
 
 __all__ = ["SharedCore", "SharedCoreAdapter", "SharedCoreShared"]
 
@@ -33,7 +34,13 @@ class SharedCore(Grouped):
     for all of its fc1. What the layers share is a change in their own coordinates: entry (i, j) of M sends what a
     layer reads with its j-th right singular vector to its i-th left one. U_l and V_l are frozen, computed again from
     W_l when a plan is loaded, and not stored. M starts at zero, an exact identity.
+
+    Attributes:
+        scales: whether every layer trains a factor of its own for M, from 1: `W_l + s_l U_l M V_l^T` at one scalar
+            more per layer. A layer that M does not suit can then take less of it, or its opposite.
     """
+
+    scales: bool = False
 
     family: ClassVar[str] = "core"
 
@@ -49,19 +56,22 @@ class SharedCore(Grouped):
         return tuple(r for r in _SIZES if r <= largest)
 
     def cost(self, site: Site, size: int) -> Cost:
-        """`r^2`; changes every entry of the members."""
+        """`r^2`, and one scalar per member with `scales`; changes every entry of the members."""
         r = check_size("shared_core", site, size, self.sizes(site))
-        return Cost.plain(r * r, entries=sum(m.n_weight for m in self.members(site)))
+        members = self.members(site)
+        trained = r * r + (len(members) if self.scales else 0)
+        return Cost.plain(trained, entries=sum(m.n_weight for m in members), tensors=1 + self.scales)
 
     def build(self, site: Site, option: Option, host: nn.Module, generator: torch.Generator) -> SharedCoreShared:
-        """M zero; the bases come from the weights and nothing is random."""
+        """M zero, factors one; the bases come from the weights and nothing is random."""
         r = check_size("shared_core", site, option.size, self.sizes(site))
-        return SharedCoreShared(site, self.members(site), host, r)
+        return SharedCoreShared(site, self.members(site), host, r, self.scales)
 
     def gains(self, site: Site, evidence: Evidence, sizes: Sequence[int]) -> tuple[float, ...]:
         """`|sum_l U_l^T S_l V_l|^2 / L`: the energy of the signals' projection on the changes that M can make.
 
-        The L changes of one entry of M are orthogonal to each other and of norm 1 each, hence the division.
+        The L changes of one entry of M are orthogonal to each other and of norm 1 each, hence the division. Factors of
+        the layers have no gradient at the start, where M is zero, and add nothing.
         """
         members = self.members(site)
         rank = min(max(sizes), self.sizes(site)[-1])
@@ -74,37 +84,51 @@ class SharedCore(Grouped):
 
 
 class SharedCoreShared(Shared):
-    """The core `M` (r, r) of a group."""
+    """The core `M` (r, r) of a group, and the factors `scales` (L,) of its layers where they are trained."""
 
-    def __init__(self, site: Site, members: tuple[Site, ...], model: nn.Module, rank: int) -> None:
+    rate_roles: ClassVar[Mapping[str, Role]] = MappingProxyType({"scales": "vector"})
+
+    scales: nn.Parameter | None
+
+    def __init__(self, site: Site, members: tuple[Site, ...], model: nn.Module, rank: int, scaled: bool) -> None:
         super().__init__(site)
         self.M = new_parameter(model, torch.zeros(rank, rank))
-        for member in members:
-            self.add(SharedCoreAdapter(member, model.get_submodule(member.module), self))
+        self.scales = new_parameter(model, torch.ones(len(members))) if scaled else None
+        for number, member in enumerate(members):
+            self.add(SharedCoreAdapter(member, model.get_submodule(member.module), self, number))
+
+    def core(self, number: int) -> Tensor:
+        """M as the layer of this number has it, with gradient."""
+        return self.M if self.scales is None else self.scales[number] * self.M
 
 
 class SharedCoreAdapter(LowRankAdapter):
     """One layer's bases `U` (out_features, r) and `V` (in_features, r), buffers that are not saved."""
 
+    recomputed = frozenset({"U", "V"})
+
     U: Tensor
     V: Tensor
 
-    def __init__(self, site: Site, host: nn.Module, shared: SharedCoreShared) -> None:
+    def __init__(self, site: Site, host: nn.Module, shared: SharedCoreShared, number: int) -> None:
         super().__init__(site, "branch" if is_plain(host) else "swap")
-        self._shared = (shared,)
+        self._shared, self._number = (shared,), number
         u, v = top_singular(host_tensor(site, host, site.parameter), site.rows, len(shared.M))
         self.register_buffer("U", u.to(shared.M, copy=True), persistent=False)
         self.register_buffer("V", v.to(shared.M, copy=True), persistent=False)
         self.keep_geometry(host)
 
+    def _core(self) -> Tensor:
+        return self._shared[0].core(self._number)
+
     def branch(self, x: Tensor) -> Tensor:
         """As the base class says, at rank r in both products."""
-        return self.expand(self.contract(x, self._shared[0].M @ self.V.T), self.U)
+        return self.expand(self.contract(x, self._core() @ self.V.T), self.U)
 
     def delta(self) -> dict[str, Tensor]:
         """`U M V^T` as a tensor of the site's shape."""
-        return {"weight": (self.U @ self._shared[0].M @ self.V.T).view(self.site.shape)}
+        return {"weight": (self.U @ self._core() @ self.V.T).view(self.site.shape)}
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """`(V^T, U M)`."""
-        return self.V.T.clone(), self.U @ self._shared[0].M.detach()
+        return self.V.T.clone(), self.U @ self._core().detach()

@@ -95,6 +95,7 @@ class SVFitAdapter(DiagonalAdapter):
         self.values = new_parameter(host, torch.zeros(rank))
         if rank <= LARGEST_RANK:
             u, v = top_singular(weight, site.rows, rank)
+            self.recomputed = frozenset({"left", "right"})
         else:
             u, _, v = all_singular(weight, site.rows)
         self.keep_bases(self.values, u[:, :rank], v[:, :rank].T)

@@ -9,12 +9,22 @@ import torch
 
 from autopeft.core.contracts import Method
 from autopeft.methods import BUILTIN
+from autopeft.methods.core import Core
 from autopeft.methods.lora import LoRA
+from autopeft.methods.shared_core import SharedCore
 from autopeft.methods.sparse import Sparse
 from autopeft.testing.method_laws import BROKEN, MethodLaws
 
 LAWS = sorted(name for name in dir(MethodLaws) if name.startswith("test_"))
-METHODS: dict[str, Method] = {"sparse_bias": Sparse(slot="bias"), "lora_alpha_4": LoRA(alpha=4.0)}
+METHODS: dict[str, Method] = {
+    "sparse_bias": Sparse(slot="bias"),
+    "lora_alpha_4": LoRA(alpha=4.0),
+    "core_gradient": Core("gradient"),
+    "core_trajectory_blocks": Core("trajectory", "blocks", block=2),
+    "core_random_diagonal": Core("random", "diagonal"),
+    "core_rectangle": Core(shape="rectangle"),
+    "shared_core_scaled": SharedCore(scales=True),
+}
 for key, target in BUILTIN.items():
     module, _, name = target.partition(":")
     METHODS[key] = getattr(importlib.import_module(module), name)()

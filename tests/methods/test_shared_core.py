@@ -89,3 +89,22 @@ def test_where_it_can_be_used() -> None:
     used = [s.name for s in (*catalog, *catalog.groups()) if SharedCore().slots(s)]
     assert used == ["*:attn.qkv", "*:attn.proj", "*:mlp.fc1", "*:mlp.fc2"]
     assert SharedCore().sizes(group(catalog, "*:mlp.fc1"))[-1] == 16
+
+
+def test_scales_cost_one_scalar_per_layer_and_start_at_the_plain_core() -> None:
+    model = tiny_vit().double()
+    catalog, method = scan(model), SharedCore(scales=True)
+    site = group(catalog, "*:mlp.fc1")
+    members = len(method.members(site))
+    assert method.cost(site, 3).trainable == 9 + members
+    option = Option(site.name, "m", 3, method.cost(site, 3), 0.0, places_of(catalog, method, site))
+    with Native().insert(model, catalog, Allocation((option,), Budget(10**6)), {"m": method}) as borrowed:
+        part = borrowed.named_adapters()["*:mlp.fc1/m"]
+        assert part.scales.tolist() == [1.0] * members
+        with torch.no_grad():
+            part.M.normal_()
+        before = [adapter.delta()["weight"].clone() for adapter in part.adapters()]
+        with torch.no_grad():
+            part.scales.copy_(torch.arange(members) - 1.0)
+        for number, adapter in enumerate(part.adapters()):
+            torch.testing.assert_close(adapter.delta()["weight"], (number - 1.0) * before[number])
