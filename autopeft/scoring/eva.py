@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autopeft.core.contracts import Task
 from autopeft.core.scores import ScoreOrigin, Scores
 from autopeft.core.site import Catalog, Site
 from autopeft.scoring._batches import portions
 from autopeft.scoring._hosts import Hosts, Known, assemble
+from autopeft.scoring._rows import input_rows
 from autopeft.scoring.borrow import borrowed
 from autopeft.scoring.gradient import Gradient
 
@@ -127,11 +127,6 @@ def _watcher(site: Site, seen: _Inputs) -> Callable[[nn.Module, Any], None]:
     def watch(module: nn.Module, given: Any) -> None:
         if not given or not isinstance(given[0], Tensor):
             return
-        x = given[0].detach()
-        if isinstance(module, nn.Conv2d):
-            padding = 0 if isinstance(module.padding, str) else module.padding
-            patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
-            x = patches.reshape(len(x), site.groups, site.in_features, -1).movedim(2, -1)
-        seen.add(x.reshape(-1, site.in_features))
+        seen.add(input_rows(site, module, given[0].detach()))
 
     return watch
