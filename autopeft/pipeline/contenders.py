@@ -130,13 +130,18 @@ def _last_blocks(menu: Menu, first_depth: int) -> Menu:
     return Menu(tuple(o for o in menu.options if o.site in sites), sites, menu.scores)
 
 
-def _uniform(prepared: Prepared, menu: Menu, allocator: Uniform, name: str) -> Iterable[Candidate]:
+def _uniform(prepared: Prepared, study: Study, menu: Menu, allocator: Uniform, name: str) -> Iterable[Candidate]:
     """The allocator on every block, or on as many of the last blocks as the budget reaches."""
     depth = prepared.catalog.n_depth
     for first in range(depth):
         part = menu if first == 0 else _last_blocks(menu, first)
         where = "" if first == 0 else f", last {depth - first} of {depth} blocks"
-        found = list(_try(name + where, partial(allocator.allocate, part, prepared.budget)))
+
+        def place(part: Menu = part) -> Allocation:
+            plan = allocator.allocate(part, prepared.budget)
+            return attach_indices(plan, study.methods, prepared.scores_for(study), part.sites)
+
+        found = list(_try(name + where, place))
         if found:
             yield from found
             return
@@ -149,14 +154,14 @@ def _uniform_loras(prepared: Prepared, study: Study) -> Iterable[Candidate]:
     slices = _priced_menu(prepared, study, ["lora"], "slices")
     for target in _LORA_TARGETS:
         menu = slices if target == "qv" else whole
-        yield from _uniform(prepared, menu, Uniform("lora", target), f"uniform lora ({target})")
+        yield from _uniform(prepared, study, menu, Uniform("lora", target), f"uniform lora ({target})")
 
 
 def _everywhere(prepared: Prepared, study: Study, keys: Iterable[str]) -> Iterable[Candidate]:
     for key in keys:
         if key in study.methods:
             menu = _priced_menu(prepared, study, [key], "whole")
-            yield from _uniform(prepared, menu, Uniform(key, "all"), f"{key} everywhere")
+            yield from _uniform(prepared, study, menu, Uniform(key, "all"), f"{key} everywhere")
 
 
 def _spt(prepared: Prepared, study: Study) -> Iterable[Candidate]:

@@ -28,7 +28,7 @@ def make_menu(prepared: Prepared, study: Study) -> Menu:
     menu = build_menu(
         prepared.catalog,
         study.methods,
-        prepared.scores,
+        prepared.scores_for(study),
         study.gain,
         fused=study.fused,
         budget=prepared.budget,
@@ -52,7 +52,7 @@ def make_plan(prepared: Prepared, study: Study | None = None) -> Allocation:
         # It prices modules and vectors itself, and must not buy a method that this study does not have.
         allocator = dataclasses.replace(allocator, methods=study.methods)
     allocation = allocator.allocate(menu, prepared.budget, study.seed)
-    return attach_indices(allocation, study.methods, prepared.scores, menu.sites)
+    return attach_indices(allocation, study.methods, prepared.scores_for(study), menu.sites)
 
 
 def _too_small(prepared: Prepared, study: Study) -> InfeasibleBudget:

@@ -18,6 +18,7 @@ from autopeft.core.scores import ScoreOrigin, Scores
 from autopeft.core.site import Catalog
 from autopeft.errors import AutopeftError
 from autopeft.models.load import LoadedModel, load_model
+from autopeft.pipeline.bases import asked_bases, measure_bases, with_bases
 from autopeft.pipeline.budget import resolve_budget
 from autopeft.pipeline.device import choose_device
 from autopeft.scoring.files import load_scores, save_scores
@@ -51,6 +52,7 @@ class Prepared:
         probe: the ridge probe behind `head`, None when the head is not warmed up.
         seconds: wall time per stage.
         sample_epochs: samples the scorer has seen.
+        basis_samples: samples seen while bases were measured, each as often as it was seen.
     """
 
     study: Study
@@ -65,8 +67,10 @@ class Prepared:
     folder: Path | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     sample_epochs: int = 0
+    basis_samples: int = 0
     _scores: Scores | None = None
     _energies: dict[tuple[str, ...], Energies] = field(default_factory=dict)
+    _bases: dict[str, int] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -92,12 +96,26 @@ class Prepared:
             self._scores = self._load_scores() or self._measure_scores()
         return self._scores
 
+    def scores_for(self, study: Study) -> Scores:
+        """The scores, with the bases that a study's methods ask for among the evidence; each is measured once.
+
+        Raises:
+            UsageError: for bases that nobody knows how to measure.
+        """
+        for name, rank in asked_bases(study.methods).items():
+            if rank > self._bases.get(name, 0):
+                found = measure_bases(self, name, rank)
+                self._scores = with_bases(self.scores, name, found)
+                self._bases[name] = rank
+                self.basis_samples += found.samples
+        return self.scores
+
     def energies(self, study: Study, budget: Budget | None = None) -> Energies:
         """Uncorrected gains of every option, computed once per set of methods."""
         budget = budget or self.budget
         key = (repr(sorted(study.methods.items())), study.fused, budget.unit, str(budget.limit), str(study.mergeable))
         if key not in self._energies:
-            scores, start = self.scores, time.perf_counter()
+            scores, start = self.scores_for(study), time.perf_counter()
             with thread_count(self.threads):
                 self._energies[key] = energies(
                     self.catalog,

@@ -310,8 +310,10 @@ def _finalist(run: RunFolder, study: Study, trial: Trial) -> Finalist:
 def _costs(runner: Runner, winner: Finalist) -> dict[str, float]:
     """Samples seen per stage, also by earlier processes of this run, and in one full training for comparison."""
     sizes, train = runner.prepared.task.sizes, winner.study.train
+    runner.prepared.scores_for(winner.study)  # An earlier process may have measured its bases.
     return {
         "scoring": float(runner.prepared.scores.origin.n_samples),
+        "bases": float(runner.prepared.basis_samples),
         "search": float(runner.ledger.sample_epochs("outer")),
         "finish": float(runner.ledger.sample_epochs(_SEALED)),
         "full_training": train.epochs * train.data_fraction * (sizes["inner"] + sizes["outer"]),
