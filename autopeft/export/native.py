@@ -9,6 +9,7 @@ from typing import Any
 from autopeft.core.codec import encode
 from autopeft.core.contracts import Inserted
 from autopeft.core.record import Record
+from autopeft.export.bases_file import basis_digests, write_bases
 from autopeft.export.native_file import full_names, write_native
 from autopeft.store.atomic import write_json
 
@@ -18,6 +19,9 @@ __all__ = ["NativeExport"]
 @dataclass(frozen=True, slots=True)
 class NativeExport:
     """`adapter.safetensors` and `metadata.json`; together with the run's `plan.json` they rebuild the model.
+
+    Bases that cores compute again from the weights are not in the adapter's file. `metadata.json` has their digests,
+    and `bases.safetensors` a copy, which is only read where the digests differ on loading.
 
     The adapter's file holds what the methods store: packed codes where training keeps floats. Only autopeft loads it
     (`autopeft eval FOLDER`), so it is the one format that represents every plan.
@@ -33,6 +37,7 @@ class NativeExport:
         """Write the folder; the plan is written by whoever knows its settings."""
         allocation = inserted.allocation
         adapter = write_native(inserted, folder / "adapter.safetensors")
+        bases = write_bases(inserted, folder)
         metadata: dict[str, Any] = {
             "schema": self.SCHEMA,
             "plan": allocation.digest,
@@ -41,6 +46,7 @@ class NativeExport:
             "stored": allocation.cost.stored,
             "bytes": allocation.cost.of("bytes"),
             "tensors": full_names(inserted),
+            "bases": basis_digests(inserted),
             "model": encode(record.model),
             "data": encode(record.data),
             "budget": encode(record.budget),
@@ -48,4 +54,4 @@ class NativeExport:
         }
         path = folder / "metadata.json"
         write_json(path, metadata)
-        return adapter, path
+        return adapter, path, *bases

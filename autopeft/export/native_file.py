@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from autopeft.core.contracts import Inserted
 from autopeft.errors import CorruptFile, StoreError
 from autopeft.export._files import write_tensors
+from autopeft.export.bases_file import settle_bases
+from autopeft.store.atomic import read_json
 
 __all__ = ["FORMAT", "full_names", "is_native", "load_native", "write_native"]
 
@@ -60,11 +62,12 @@ def is_native(path: Path) -> bool:
 
 
 def load_native(inserted: Inserted, path: Path) -> None:
-    """Put what `write_native` wrote back into the same plan.
+    """Put what `write_native` wrote back into the same plan, between the bases that it was trained between.
 
     Raises:
-        CorruptFile: when the file is missing, damaged or of another format.
-        StoreError: when it belongs to another plan.
+        CorruptFile: when the file, or a basis stored beside it that is needed, is missing, damaged or of another
+            format.
+        StoreError: when it belongs to another plan, or bases come out differently and are not stored beside it.
         UsageError: naming the tensors that are missing, unknown or of another shape.
     """
     if not is_native(path):
@@ -79,3 +82,6 @@ def load_native(inserted: Inserted, path: Path) -> None:
         )
     names = full_names(inserted)
     inserted.load_stored({names.get(short, short): tensor for short, tensor in tensors.items()})
+    metadata = path.with_name("metadata.json")
+    if metadata.is_file():
+        settle_bases(inserted, read_json(metadata).get("bases", {}), path.parent)
