@@ -35,7 +35,8 @@ __all__ = [
 Model = Annotated[
     str | None,
     typer.Option(
-        help="timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, py:package.module:build or bundled:vit_tiny_fashion",
+        help="timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, diffusers:FOLDER#unet, py:package.module:build or "
+        "bundled:vit_tiny_fashion",
         show_default="bundled:vit_tiny_fashion",
     ),
 ]
@@ -52,7 +53,7 @@ Data = Annotated[
         show_default="digits",
     ),
 ]
-Task = Annotated[str | None, typer.Option(help="kind of task", show_default="classification")]
+Task = Annotated[str | None, typer.Option(help="classification or diffusion", show_default="classification")]
 Budget = Annotated[
     str | None,
     typer.Option(

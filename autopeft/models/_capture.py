@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from autopeft.models._denoiser import example_call
 from autopeft.models._trace import first_parameter, frozen_run
 
 __all__ = ["Operation", "capture_by_export", "capture_by_hooks"]
@@ -43,8 +44,9 @@ class Operation:
 
 def capture_by_export(model: nn.Module, example: Tensor) -> list[Operation]:
     """The operations that torch.export sees; raises what torch.export raises."""
+    args, kwargs = example_call(model, _near(model, example))
     with frozen_run(model):
-        program = torch.export.export(model, (_near(model, example),))
+        program = torch.export.export(model, args, kwargs)
     parameters = {**program.graph_signature.inputs_to_parameters}
     user_inputs = set(program.graph_signature.user_inputs)
     position: dict[Any, int] = {}
@@ -86,10 +88,11 @@ def _record(model: nn.Module, example: Tensor) -> list[Operation]:
     for path, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(tape.enter(path)))
         handles.append(module.register_forward_hook(tape.leave(), always_call=True))
-    tape.start(example)
+    args, kwargs = example_call(model, example)
+    tape.start([*args, *_tensors(kwargs.values())])
     try:
         with frozen_run(model), tape:
-            tape.finish(model(example))
+            tape.finish(model(*args, **kwargs))
     finally:
         for handle in handles:
             handle.remove()
@@ -118,8 +121,8 @@ class _Tape(TorchFunctionMode):
         self.position: dict[int, int] = {}
         self.alive: list[Tensor] = []
 
-    def start(self, example: Tensor) -> None:
-        self._write(Operation((), is_input=True), [example])
+    def start(self, inputs: Iterable[Tensor]) -> None:
+        self._write(Operation((), is_input=True), inputs)
 
     def finish(self, output: Any) -> None:
         self._write(Operation(self._inputs([output])), [])

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from autopeft.models._denoiser import is_denoiser, label_paths
+
 __all__ = ["head_paths"]
 
 
@@ -13,8 +15,11 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
     """Dotted paths of the classifier modules: as timm declares them, else the last Linear of the model.
 
     timm's configuration comes first (`classifier`, a name or several), then `get_classifier()`. Paths that lead to a
-    module without parameters (a classifier that was taken off) are left out.
+    module without parameters (a classifier that was taken off) are left out. The head of a denoiser is its table of
+    labels; one that is not told a class has none.
     """
+    if is_denoiser(model):
+        return label_paths(model)
     modules = dict(model.named_modules())
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     declared = config.get("classifier") if isinstance(config, Mapping) else None

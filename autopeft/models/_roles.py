@@ -21,13 +21,18 @@ _ROLES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(^|\.)(q|q_proj|query|wq|to_q)$"), "attn.q"),
     (re.compile(r"(^|\.)(k|k_proj|key|wk|to_k)$"), "attn.k"),
     (re.compile(r"(^|\.)(v|v_proj|value|wv|to_v)$"), "attn.v"),
-    (re.compile(r"(^|\.)(\w*attn\w*|\w*attention\w*|mixer|token_mixer)\.(\w+\.)*(proj|out_proj|o_proj|dense|to_out)$"),
+    (re.compile(r"(^|\.)upsamplers(\.|$)"), "upsample"),
+    (re.compile(r"(^|\.)ff\.net\.0\.proj$"), "mlp.fc1"),
+    (re.compile(r"(^|\.)ff\.net\.2$"), "mlp.fc2"),
+    (re.compile(r"(^|\.)(time_embedding|time_emb_proj|timestep_embedder|adaln_single|norm\d*\.linear)(\.|$)"),
+     "time"),
+    (re.compile(r"(^|\.)(\w*attn\w*|\w*attention\w*|mixer|token_mixer)\.(\w+\.)*(proj|out_proj|o_proj|dense|to_out)(\.0)?$"),
      "attn.proj"),
     (re.compile(r"(^|\.)(fc1|fc1_g|fc1_x|w1|w2|w12|lin1|gate_proj|up_proj)$"), "mlp.fc1"),
     (re.compile(r"(^|\.)(fc2|w3|lin2|down_proj)$"), "mlp.fc2"),
 )  # fmt: skip
-_STEM = re.compile(r"^(stem\w*|patch_embed|conv_stem|conv1|features\.conv0)(\.|$)")
-_DOWNSAMPLE = re.compile(r"(^|\.)(downsample\w*|reduction|shortcut)(\.|$)")
+_STEM = re.compile(r"^(stem\w*|patch_embed|conv_stem|conv1|conv_in|pos_embed\.proj|features\.conv0)(\.|$)")
+_DOWNSAMPLE = re.compile(r"(^|\.)(downsample\w*|reduction|shortcut|conv_shortcut)(\.|$)")
 
 
 class Host(NamedTuple):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from autopeft.models._denoiser import example_call
+
 __all__ = ["Trace", "example_of", "first_parameter", "frozen_run", "trace"]
 
 _METADATA = frozenset(
@@ -213,10 +215,15 @@ def _takes_one_more(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _run_fake(model: nn.Module, example: Tensor, device: torch.device) -> Any:
     if device.type == "meta":
-        return model(example.to(device))
+        return _call(model, example.to(device))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        return model(mode.from_tensor(example.to(device)))
+        return _call(model, mode.from_tensor(example.to(device)))
 
 
 def _run_real(model: nn.Module, example: Tensor, device: torch.device) -> Any:
-    return model(example.to(device))
+    return _call(model, example.to(device))
+
+
+def _call(model: nn.Module, example: Tensor) -> Any:
+    args, kwargs = example_call(model, example)
+    return model(*args, **kwargs)

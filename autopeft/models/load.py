@@ -9,6 +9,7 @@ import torch
 from autopeft.errors import UnknownModel, UsageError
 from autopeft.models._trace import trace
 from autopeft.models.bundled import load_bundled
+from autopeft.models.diffusers import load_diffusers
 from autopeft.models.loaded import LoadedModel
 from autopeft.models.python import load_python
 from autopeft.models.spec import ModelSpec
@@ -16,17 +17,18 @@ from autopeft.models.timm import load_timm
 
 __all__ = ["LoadedModel", "load_model"]
 
-_LATER = ("transformers", "diffusers")
+_LATER = ("transformers",)
 _SPELLINGS = (
     "a timm name, 'bundled:NAME', 'local-dir:FOLDER', 'hf-hub:OWNER/NAME' of a timm model, "
-    "or 'py:package.module:function'"
+    "'diffusers:OWNER/NAME#unet', 'diffusers:FOLDER#unet' or 'py:package.module:function'"
 )
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
     """Load a model: on the CPU, in float32, in evaluation mode.
 
-    The prefix says where it comes from: none for timm's own names, `bundled:`, `local-dir:`, `hf-hub:`, `py:`.
+    The prefix says where it comes from: none for timm's own names, `bundled:`, `local-dir:`, `hf-hub:`,
+    `diffusers:`, `py:`.
     Weights that are not there offline are an error at once; nothing waits for the network.
 
     Args:
@@ -39,6 +41,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         UnknownModel: when the specification leads nowhere, or its weights cannot be fetched.
         UsageError: when an argument or a file of weights does not fit the model, the model does not run on images of
             its size, or the kind is not supported.
+        MissingDependency: when a package is absent that the model needs.
     """
     loaded = _dispatch(spec)
     size = loaded.data_config["input_size"]
@@ -57,6 +60,8 @@ def _dispatch(spec: ModelSpec) -> LoadedModel:
         return load_timm(spec)
     if colon and prefix == "bundled":
         return load_bundled(spec, rest)
+    if colon and prefix == "diffusers":
+        return load_diffusers(spec, rest)
     if colon and prefix == "py":
         return load_python(spec, rest)
     if colon and prefix in _LATER:

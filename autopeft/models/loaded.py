@@ -11,6 +11,7 @@ from torch import nn
 
 from autopeft.core.site import Catalog
 from autopeft.errors import UsageError
+from autopeft.models._denoiser import fit_labels, is_denoiser
 from autopeft.models._head import head_paths
 from autopeft.models.scan import scan
 
@@ -58,6 +59,8 @@ class LoadedModel:
     def reset_head(self, num_classes: int, seed: int) -> Catalog:
         """Give the model a fresh classifier and list its sites.
 
+        A denoiser gets as many labels as there are classes and one for none; one without labels stays as it is.
+
         Args:
             num_classes: outputs of the classifier.
             seed: seed of its weights; the caller's random state is left alone.
@@ -73,7 +76,9 @@ class LoadedModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             reset = getattr(self.model, "reset_classifier", None)
-            if callable(reset):
+            if is_denoiser(self.model):
+                fit_labels(self.model, num_classes)
+            elif callable(reset):
                 reset(num_classes)
             else:
                 _replace_linear(self.model, num_classes)

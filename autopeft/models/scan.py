@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from autopeft.core.site import Catalog, Site, Slot
 from autopeft.errors import UsageError
 from autopeft.models._blocks import block_axis, block_paths, residual_branches
+from autopeft.models._denoiser import is_denoiser
 from autopeft.models._head import head_paths
 from autopeft.models._roles import Host, fused_rows, held, host_of, is_activated, role_of
 from autopeft.models._trace import Trace, trace
@@ -49,10 +50,14 @@ class _Scanner:
     def __init__(self, model: nn.Module, head: tuple[str, ...], blocks: tuple[str, ...], seen: Trace) -> None:
         self.model = model
         self.head = head
-        self.blocks = blocks
         self.seen = seen
         self.order = {name: i for i, name in enumerate(dict(model.named_modules()))}
-        self.starts = [self.order[block] for block in blocks]
+        self.blocks = blocks
+        if is_denoiser(model) and seen.watched:
+            # A U-Net's middle is made after both of its arms and runs between them.
+            self.order |= {name: i for i, name in enumerate(seen.called)}
+            self.blocks = tuple(sorted(blocks, key=self.order.__getitem__))
+        self.starts = [self.order[block] for block in self.blocks]
         self.listed: set[int] = set()
         self.sites: list[Site] = []
 
@@ -87,8 +92,10 @@ class _Scanner:
 
     def _depth(self, name: str) -> int:
         """Blocks are counted from 0; what lies between two blocks belongs to the later one, which it feeds."""
-        begun = bisect_right(self.starts, self.order[name])
-        return max(0, min(begun - 1 if self._inside(name) else begun, len(self.blocks) - 1))
+        inside = next((i for i, b in enumerate(self.blocks) if name == b or name.startswith(b + ".")), None)
+        if inside is not None:
+            return inside
+        return max(0, min(bisect_right(self.starts, self.order[name]), len(self.blocks) - 1))
 
     def _block(self, name: str) -> None:
         layout = block_axis(self.model, name, self.seen)

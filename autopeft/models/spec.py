@@ -16,8 +16,8 @@ class ModelSpec:
     """A model specification.
 
     Attributes:
-        spec: a timm name (`vit_base_patch16_224.augreg_in21k`), `bundled:NAME`, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`
-            or `py:package.module:function`.
+        spec: a timm name (`vit_base_patch16_224.augreg_in21k`), `bundled:NAME`, `local-dir:FOLDER`,
+            `hf-hub:OWNER/NAME`, `diffusers:OWNER/NAME#unet`, `diffusers:FOLDER#unet` or `py:package.module:function`.
         pretrained: whether to load weights; False gives seeded random ones.
         pretrained_path: a file of weights (`.safetensors`, or `.pth` of tensors) to load instead of published ones.
         img_size: height and width of the input in pixels, another one than the model's own.

@@ -59,13 +59,14 @@ class Group:
 def contender_groups(prepared: Prepared, study: Study) -> tuple[Group, ...]:
     """The outside baselines at this budget, then the default plan.
 
-    Head only; uniform LoRA on the usual target sets at the largest rank that fits (on as many of the last blocks as fit
-    when rank 1 on every block does not); one core matrix of the same size everywhere (LoRA-XS); the single cheap
-    methods; SPT; random feasible mixes; the default plan.
+    Head only, where there is a head; uniform LoRA on the usual target sets at the largest rank that fits (on as many
+    of the last blocks as fit when rank 1 on every block does not); one core matrix of the same size everywhere
+    (LoRA-XS); the single cheap methods; SPT; random feasible mixes; the default plan.
     Contenders that this budget or these methods cannot express are left out.
     """
+    head_only = Candidate("head only", HeadOnly().allocate(Menu(()), prepared.budget))
     groups = [
-        Group("head only", "baseline", (Candidate("head only", HeadOnly().allocate(Menu(()), prepared.budget)),)),
+        Group("head only", "baseline", (head_only,) if prepared.catalog.head else ()),
         _group("uniform lora", _uniform_loras(prepared, study)),
         _group("uniform core", _everywhere(prepared, study, ("core",))),
         _group("single method", _everywhere(prepared, study, _SINGLE_METHODS)),

@@ -15,6 +15,7 @@ from autopeft.core.codec import decode
 from autopeft.core.record import Record
 from autopeft.errors import CorruptFile, ExportError, StoreError, UsageError
 from autopeft.export.verify import verify_all
+from autopeft.models.calling import output_on
 from autopeft.pipeline.events import Emit, Event, silent
 from autopeft.pipeline.facts import budget_facts, data_facts, model_facts
 from autopeft.pipeline.planfile import Plan, read_plan, write_plan
@@ -126,8 +127,7 @@ def _logits(inserted: Inserted, images: Tensor) -> Tensor:
     """What the model gives, in full float32 precision also on devices that round convolutions by default."""
     inserted.train_mode(False)
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-        logits: Tensor = inserted.model(images).float().cpu()
-    return logits
+        return output_on(inserted.model, images).float().cpu()
 
 
 def export_folder(
@@ -199,8 +199,8 @@ def record_of(source: Path, prepared: Prepared) -> Record:
 
 def sample_images(prepared: Prepared) -> Tensor:
     """Some images of the outer split, in evaluation order."""
-    for images, _ in prepared.task.batches("outer", batch_size=_IMAGES):
-        found: Tensor = images[:_IMAGES]
+    for batch in prepared.task.batches("outer", batch_size=_IMAGES):
+        found: Tensor = batch[0][:_IMAGES]
         return found
     raise UsageError("the outer split is empty")
 

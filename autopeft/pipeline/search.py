@@ -186,9 +186,8 @@ def _announce(prepared: Prepared, emit: Emit) -> None:
     sizes = ", ".join(f"{name} {n:,}" for name, n in task.sizes.items())
     emit(Event("stage", f"model {prepared.loaded.name}: {prepared.catalog.n_base:,} base parameters"))
     emit(Event("stage", f"data {study.data.spec}: {len(task.classes)} classes, {sizes}"))
-    emit(
-        Event("stage", f"budget {prepared.budget}; the head's {prepared.catalog.n_head:,} are trained and not counted")
-    )
+    head = f"the head's {prepared.catalog.n_head:,} are trained and not counted"
+    emit(Event("stage", f"budget {prepared.budget}; {head if prepared.catalog.head else 'the model has no head'}"))
     if prepared.probe is not None:
         emit(Event("stage", f"head warmed up: ridge probe, cross-validated accuracy {prepared.probe.cv_accuracy:.3f}"))
 
@@ -321,7 +320,7 @@ def _costs(runner: Runner, winner: Finalist) -> dict[str, float]:
 
 
 def _example(prepared: Prepared) -> Tensor:
-    for images, _ in prepared.task.batches("inner", batch_size=1):
-        example: Tensor = images[:1].to(prepared.device)
+    for batch in prepared.task.batches("inner", batch_size=1):
+        example: Tensor = batch[0][:1].to(prepared.device)
         return example
     raise TrainingFailed("the inner split is empty")
