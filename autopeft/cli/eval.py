@@ -44,5 +44,6 @@ def evaluate(
         return
     low, high = found["interval"]
     print(f"{found['samples']:,} samples of {found['data']} ({found['split']})")
+    shown = "top1" if "top1" in found["metrics"] else next(iter(found["metrics"]))
     for name, value in sorted(found["metrics"].items()):
-        print(f"{name:<10} {value:.4f}" + (f"  [{low:.4f}, {high:.4f}]" if name == "top1" else ""))
+        print(f"{name:<10} {value:.4f}" + (f"  [{low:.4f}, {high:.4f}]" if name == shown else ""))

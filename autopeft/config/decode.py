@@ -13,6 +13,7 @@ from autopeft.config._part import explain, validate
 from autopeft.config.merge import merge
 from autopeft.config.override import override
 from autopeft.config.plugin import Plugin, PluginTable, describe
+from autopeft.config.registries import TASKS
 from autopeft.config.study import Study
 from autopeft.core import codec
 from autopeft.errors import UsageError
@@ -33,6 +34,8 @@ def load_study(files: Sequence[Path], values: Mapping[str, Any]) -> Study:
     merged: dict[str, Any] = {}
     for file in files:
         merged = merge(merged, _read(file))
+    if "task" in values:
+        merged = merge(merged, {"task": values["task"]})
     return override(study_from_dict(merged), values)
 
 
@@ -52,6 +55,8 @@ def study_from_yaml(text: str, where: str = "study") -> Study:
 def study_from_dict(data: Mapping[str, Any]) -> Study:
     """The study of plain data, strictly: unknown keys and wrong types are errors.
 
+    What it leaves out is as its task says, else as every study's.
+
     Raises:
         UnknownKey: for a key that nobody knows, with a guess.
         UnknownPlugin: for a plug-in that no registry holds, with a guess.
@@ -59,7 +64,7 @@ def study_from_dict(data: Mapping[str, Any]) -> Study:
             each has a line.
     """
     try:
-        study: Study = validate(Study, dict(data))
+        study: Study = validate(Study, merge(_defaults(data.get("task")), data))
     except PydanticCustomError as error:
         raise explain(error, "study") from error
     return study
@@ -86,6 +91,15 @@ def study_to_dict(study: Study) -> dict[str, Any]:
 def study_to_yaml(study: Study) -> str:
     """YAML that `study_from_yaml` gives an equal study for, every setting included."""
     return _yaml.render(study_to_dict(study))
+
+
+def _defaults(task: Any) -> Mapping[str, Any]:
+    """What a study of a task is unless it says otherwise; unknown tasks are reported when the study is checked."""
+    kind = task.get("type") if isinstance(task, Mapping) else task
+    if not isinstance(kind, str) or kind not in TASKS:
+        return {}
+    defaults: Mapping[str, Any] = getattr(TASKS[kind], "DEFAULTS", {})
+    return defaults
 
 
 def _read(file: Path) -> Mapping[str, Any]:

@@ -33,6 +33,7 @@ __all__ = [
     "Exporter",
     "GroupMethod",
     "Inserted",
+    "Judging",
     "Method",
     "Regulariser",
     "Reward",
@@ -99,8 +100,26 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Judging(Protocol):
+    """A task that is no classification: it says itself how well each sample is done.
+
+    Laws: the metrics are those of `evaluate`; the same model and split give the same numbers.
+    """
+
+    def judge(self, model: nn.Module, split: Split) -> tuple[Mapping[str, float], Tensor]:
+        """Metrics, and a merit of every sample, higher is better: float64 (n,), whose mean is the first metric.
+
+        The mean may have the metric's sign turned, where less of it is better.
+        """
+        ...
+
+
 class TaskSpec(Protocol):
-    """A kind of task: how to open data as a `Task`."""
+    """A kind of task: how to open data as a `Task`.
+
+    A class attribute `DEFAULTS`, plain data of a study, says what a study of this task is unless it says otherwise.
+    """
 
     def open(
         self, data: str, data_config: Mapping[str, Any], folder: Path | None, seed: int, options: Mapping[str, Any]

@@ -22,7 +22,7 @@ def with_demo_limits(study: Study, asked: Set[str]) -> Study:
         study: the resolved study.
         asked: dotted paths that were given as flags.
     """
-    bundled = study.model.spec.startswith("bundled:") and study.data.spec == "digits"
+    bundled = study.model.spec.startswith("bundled:") and study.data.spec.partition("?")[0] == "digits"
     chosen = {"search.time_limit", "train.epochs", "search.trials"} & set(asked)
     if not bundled or chosen or study.search.time_limit is not None:
         return study

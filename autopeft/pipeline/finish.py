@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -108,7 +109,7 @@ def _contender(finalist: Finalist, winner: list[Entry], own: list[Entry], study:
     if pairs and winner is not own:
         differences = [sign * (study.reward.value(w.outcome)[0] - study.reward.value(o.outcome)[0]) for w, o in pairs]
         gain = float(np.mean(differences))
-        interval = paired_interval([w.correct for w, _ in pairs], [o.correct for _, o in pairs])
+        interval = paired_interval([w.merits for w, _ in pairs], [o.merits for _, o in pairs])
     return Contender(
         finalist.name,
         finalist.trial,
@@ -121,15 +122,15 @@ def _contender(finalist: Finalist, winner: list[Entry], own: list[Entry], study:
 
 
 def paired_interval(
-    first: list[np.ndarray[tuple[int], np.dtype[np.bool_]]], second: list[np.ndarray[tuple[int], np.dtype[np.bool_]]]
+    first: Sequence[np.ndarray[Any, Any]], second: Sequence[np.ndarray[Any, Any]]
 ) -> tuple[float, float]:
-    """95 % percentile interval of the accuracy difference, resampling seeds and test samples together.
+    """95 % percentile interval of the difference of mean merits, resampling seeds and test samples together.
 
     Two-level paired bootstrap: each draw takes seeds with replacement and samples with replacement, the same for both
     contenders.
 
     Args:
-        first: per seed whether each sample was classified correctly, shape (n,).
+        first: per seed the merit of each sample, such as whether it was classified correctly, shape (n,).
         second: the same for the other contender, same seeds and samples.
     """
     difference = np.stack(first).astype(float) - np.stack(second).astype(float)

@@ -25,13 +25,14 @@ class Entry:
 
     Attributes:
         outcome: what came of it.
-        correct: per sample of the measured split whether it was classified correctly; empty when it did not finish.
+        merits: per sample of the measured split whether it was classified correctly, or how well it is done; empty
+            when it did not finish.
         sample_epochs: samples that training has seen.
         key: what the training was.
     """
 
     outcome: Outcome
-    correct: np.ndarray[Any, np.dtype[np.bool_]]
+    merits: np.ndarray[Any, np.dtype[np.bool_]] | np.ndarray[Any, np.dtype[np.float64]]
     sample_epochs: int
     key: str = ""
 
@@ -59,19 +60,17 @@ class Ledger:
             return None
         try:
             data = read_json(path)
-            bits = np.unpackbits(np.frombuffer(bytes.fromhex(data["correct"]), dtype=np.uint8), count=data["n"])
-            return Entry(decode(Outcome, data["outcome"], str(path)), bits.astype(bool), data["sample_epochs"], key)
+            return Entry(decode(Outcome, data["outcome"], str(path)), _read(data), data["sample_epochs"], key)
         except (CorruptFile, KeyError, ValueError, TypeError):
             return None
 
     def put(self, key: str, entry: Entry) -> None:
         """Keep an entry."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        correct = np.packbits(entry.correct.astype(np.uint8)).tobytes().hex()
         data = {
             "outcome": encode(entry.outcome),
-            "correct": correct,
-            "n": len(entry.correct),
+            **_written(entry.merits),
+            "n": len(entry.merits),
             "sample_epochs": entry.sample_epochs,
         }
         write_json(self._folder / f"{key}.json", data)
@@ -80,3 +79,17 @@ class Ledger:
         """Samples that the trainings that were measured on this split have seen."""
         found = (self.get(path.stem) for path in self._folder.glob("*.json"))
         return sum(entry.sample_epochs for entry in found if entry is not None and entry.outcome.split == split)
+
+
+def _written(merits: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Hits and misses as packed bits, other merits as they are."""
+    if merits.dtype == np.bool_:
+        return {"correct": np.packbits(merits.astype(np.uint8)).tobytes().hex()}
+    return {"merits": merits.astype(np.float64).tolist()}
+
+
+def _read(data: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    if "merits" in data:
+        return np.asarray(data["merits"], dtype=np.float64)
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(data["correct"]), dtype=np.uint8), count=data["n"])
+    return bits.astype(bool)

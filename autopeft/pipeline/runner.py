@@ -106,8 +106,8 @@ class Runner:
             watch=watch,
             on_epoch=on_epoch,
         )
-        correct = result.evaluation.correct if result.evaluation is not None else np.zeros(0, dtype=bool)
-        entry = Entry(result.outcome, np.asarray(correct, dtype=bool), result.sample_epochs, key)
+        merits = result.evaluation.merits if result.evaluation is not None else np.zeros(0, dtype=bool)
+        entry = Entry(result.outcome, merits, result.sample_epochs, key)
         if result.outcome.status == "failed" and folder is not None:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         self.ledger.put(key, entry)

@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from autopeft.errors import Diverged, UsageError
 from autopeft.tasks._seal import Seal
 from autopeft.tasks.metrics import classification_metrics
 
-__all__ = ["Batch", "LabelledTask", "Row"]
+__all__ = ["Batch", "LabelledTask", "Row", "device_of", "evaluating"]
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 of shape (batch, channels, height, width), and labels, int64 of shape (batch,), on the CPU."""
@@ -35,7 +35,7 @@ class _Batches:
     def __len__(self) -> int:
         return -(-sum(self._task.sizes[split] for split in self._splits) // self._batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         rows: list[Row] = [(split, i) for split in self._splits for i in range(self._task.sizes[split])]
         generator = None
         if self._seed is not None:
@@ -78,7 +78,7 @@ class LabelledTask(ABC):
         """Hash of the samples and the splits."""
 
     @abstractmethod
-    def walk(self, chunks: Sequence[Sequence[Row]], generator: torch.Generator | None) -> Iterator[Batch]:
+    def walk(self, chunks: Sequence[Sequence[Row]], generator: torch.Generator | None) -> Iterator[Any]:
         """The batches of these rows; augmented by `generator` when there is one."""
 
     @property
@@ -121,19 +121,19 @@ class LabelledTask(ABC):
             raise UsageError(f"a batch holds at least 1 sample, got batch_size={size}")
         return _Batches(self, splits, seed, size)
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """The cross-entropy of every sample, shape (batch,), in float32 on the model's device.
 
         Raises:
             UsageError: when the model does not have one output per class.
         """
         images, labels = batch
-        device = _device(model)
+        device = device_of(model)
         logits = self._logits(model, images.to(device, non_blocking=True))
         target = labels.to(device, non_blocking=True)
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=self._label_smoothing)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean of `losses`."""
         return self.losses(model, batch).mean()
 
@@ -145,11 +145,11 @@ class LabelledTask(ABC):
         Raises:
             StoreError: for the test split before `unseal_test`.
         """
-        device = _device(model)
+        device = device_of(model)
         logits, labels = [], []
         batches = self.batches(split)
         # Not inference_mode: a model that caches a tensor then (a position table) could not be trained afterwards.
-        with _evaluating(model, device), torch.no_grad():
+        with evaluating(model, device), torch.no_grad():
             for images, target in batches:
                 logits.append(self._logits(model, images.to(device, non_blocking=True)).cpu())
                 labels.append(target)
@@ -188,14 +188,15 @@ class LabelledTask(ABC):
         return logits.float()
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters lie."""
     for tensor in model.parameters():
         return tensor.device
     return torch.device("cpu")
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode; afterwards every module's own mode and the random state are as before."""
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopeft.core.outcome import Split
-from autopeft.errors import StaleRun, UsageError
+from autopeft.errors import UsageError
 from autopeft.store.paths import RunFolder
+from autopeft.tasks._found import found_again
 from autopeft.tasks._labelled import Batch, LabelledTask, Row
 from autopeft.tasks._options import DataOptions
 from autopeft.tasks._pixels import PixelStore, Preprocessing
 from autopeft.tasks.cut import CutRule, cut
 from autopeft.tasks.sources.open import open_source
-from autopeft.tasks.sources.source import Sample, Source
+from autopeft.tasks.sources.source import Sample
 from autopeft.tasks.splits import Splits
 
 __all__ = ["Augment", "Classification"]
@@ -88,7 +89,7 @@ class Classification:
         path = None if folder is None else RunFolder(folder).splits
         if path is not None and path.exists():
             splits = Splits.read(path)
-            samples = _found_again(splits, rule, source, path)
+            samples = found_again(splits, rule, source, path)
             for split in _SPLITS:
                 store.reserve(splits[split].names)
                 store.expect(dict(zip(splits[split].names, splits[split].pixels, strict=True)))
@@ -103,25 +104,6 @@ class Classification:
             if path is not None:
                 splits.write(path)
         return _ImageTask(self, splits, samples, store, checked, folder)
-
-
-def _found_again(splits: Splits, rule: CutRule, source: Source, path: Path) -> dict[Split, tuple[Sample, ...]]:
-    """The samples that the splits name, in their order."""
-    advice = "use the settings and data it began with, or start a new run folder"
-    if splits.rule != rule:
-        raise StaleRun(f"{path} was cut by {splits.rule}, asked is {rule}; {advice}")
-    if splits.classes != source.classes:
-        raise StaleRun(f"{path} has classes {', '.join(splits.classes)}, {source.title} has others; {advice}")
-    known = {sample.name: sample for samples in source.parts.values() for sample in samples}
-    found: dict[Split, tuple[Sample, ...]] = {}
-    for split in _SPLITS:
-        portion = splits[split]
-        for name, label in zip(portion.names, portion.labels, strict=True):
-            if name not in known or known[name].label != label:
-                what = "is gone from" if name not in known else "has another label in"
-                raise StaleRun(f"the image {name} of {path} {what} {source.title}; {advice}")
-        found[split] = tuple(known[name] for name in portion.names)
-    return found
 
 
 class _ImageTask(LabelledTask):

@@ -1,4 +1,4 @@
-"""Laws of classification tasks, as tests to inherit."""
+"""Laws of tasks, as tests to inherit."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ _SPLITS: tuple[Split, ...] = get_args(Split)
 class TaskLaws:
     """Every task passes these; inherit, name the class `Test...` and fill in `open`.
 
+    A batch begins with images and labels. `model` and `predicted` are for classification; other tasks override them.
+
     `autopeft.testing.broken_tasks` holds one task per law that breaks it. Each law opens its own task in its own
     folder. Samples are told apart by their unaugmented pixels, so the data
     under test must hold no image twice.
@@ -35,7 +37,7 @@ class TaskLaws:
 
     def model(self, task: Task) -> nn.Module:
         """A model of the task, with parts that behave differently in training: BatchNorm, dropout, mixed modes."""
-        images, _ = next(iter(task.batches("inner")))
+        images = next(iter(task.batches("inner")))[0]
         size = images[0].numel()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -44,10 +46,15 @@ class TaskLaws:
         model[1].eval()
         return model
 
+    def predicted(self, task: Task, model: nn.Module, batch: Any) -> Tensor:
+        """What `predict` should give for a batch in evaluation order; the model is in evaluation mode."""
+        logits: Tensor = model(batch[0])
+        return logits
+
     def test_every_class_is_in_every_split(self, tmp_path: Path) -> None:
         task = self._opened(tmp_path)
         for split in _SPLITS:
-            found = {int(y) for _, labels in task.batches(split) for y in labels}
+            found = {int(y) for _, labels, *_ in task.batches(split) for y in labels}
             assert found == set(range(len(task.classes))), f"split {split} has labels {sorted(found)}"
 
     def test_sizes_and_types_are_as_stated(self, tmp_path: Path) -> None:
@@ -55,9 +62,9 @@ class TaskLaws:
         for split in _SPLITS:
             for size in (None, 3):
                 batches = list(task.batches(split, batch_size=size))
-                n = sum(len(labels) for _, labels in batches)
+                n = sum(len(labels) for _, labels, *_ in batches)
                 assert n == task.sizes[split], f"split {split} states {task.sizes[split]} samples and gives {n}"
-                for images, labels in batches:
+                for images, labels, *_ in batches:
                     assert images.dtype == torch.float32, f"images are {images.dtype}"
                     assert images.ndim == 4, f"images have shape {tuple(images.shape)}"
                     assert labels.dtype == torch.int64, f"labels are {labels.dtype}"
@@ -124,7 +131,7 @@ class TaskLaws:
         logits, labels = task.predict(model, "outer")
         model.eval()
         with torch.no_grad():
-            wanted = torch.cat([model(images) for images, _ in task.batches("outer")])
+            wanted = torch.cat([self.predicted(task, model, batch) for batch in task.batches("outer")])
         torch.testing.assert_close(logits, wanted)
         assert torch.equal(labels, _labels(task.batches("outer"))), "labels are not in file order"
         metrics = task.evaluate(model, "outer")
@@ -170,17 +177,19 @@ class TaskLaws:
 
 
 def _keys(batches: Any) -> list[str]:
-    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for images, _ in batches for image in images]
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for images, *_ in batches for image in images]
 
 
 def _labels(batches: Any) -> Tensor:
-    return torch.cat([labels for _, labels in batches])
+    return torch.cat([labels for _, labels, *_ in batches])
 
 
 def _same(ours: Any, theirs: Any) -> bool:
     first, second = list(ours), list(theirs)
     return len(first) == len(second) and all(
-        torch.equal(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True)
+        (a is b is None) or torch.equal(a, b)
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one, other, strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""A classifier on one split: figures of merit, an interval, and every sample's hit or miss."""
+"""A model on one split: figures of merit, an interval, and how well each sample is done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from autopeft.core.contracts import Task
+from autopeft.core.contracts import Judging, Task
 from autopeft.core.outcome import Split
 from autopeft.errors import Diverged
 from autopeft.tasks.bootstrap import bootstrap_interval
@@ -29,15 +29,16 @@ class Evaluation:
 
     Attributes:
         split: the split.
-        metrics: `top1`, `macro_f1`, `ece` and `nll`.
-        interval: 95 % bootstrap interval of `top1`, over samples.
-        correct: per sample, in file order, whether it was classified correctly, for paired tests: bool of shape (n,).
+        metrics: `top1`, `macro_f1`, `ece` and `nll` of a classifier; what the task measures otherwise.
+        interval: 95 % bootstrap interval of the first metric, over samples.
+        merits: per sample, in file order, for paired tests, (n,): whether it was classified correctly, as bool; how
+            well it is done in other tasks, float64, higher is better.
     """
 
     split: Split
     metrics: Mapping[str, float]
     interval: tuple[float, float]
-    correct: NDArray[np.bool_]
+    merits: NDArray[np.bool_] | NDArray[np.float64]
 
     @property
     def top1(self) -> float:
@@ -70,11 +71,13 @@ def evaluate(model: nn.Module, task: Task, split: Split, device: torch.device | 
         device: where the model lies.
 
     Raises:
-        Diverged: when a logit is NaN or infinite.
+        Diverged: when a logit, or a merit, is NaN or infinite.
         UsageError: when the model lies elsewhere.
         StoreError: for the test split before it is unsealed.
     """
     check_device(model, device)
+    if isinstance(task, Judging):
+        return _judged(model, task, split)
     logits, labels = task.predict(model, split)
     broken = int((~torch.isfinite(logits).all(dim=1)).sum())
     if broken:
@@ -86,3 +89,13 @@ def evaluate(model: nn.Module, task: Task, split: Split, device: torch.device | 
     return Evaluation(
         split, classification_metrics(logits, labels), bootstrap_interval(correct.astype(np.float64)), correct
     )
+
+
+def _judged(model: nn.Module, task: Judging, split: Split) -> Evaluation:
+    metrics, merits = task.judge(model, split)
+    values = merits.detach().double().cpu().numpy()
+    low, high = bootstrap_interval(values)
+    first = next(iter(metrics.values()))
+    # Merits are higher where the sample is done better; the interval is of the metric as it is called.
+    interval = (low, high) if first * float(values.mean()) >= 0 else (-high, -low)
+    return Evaluation(split, dict(metrics), interval, values)

@@ -182,7 +182,7 @@ def main() -> None:
         rows[name]["test_top1"] = [round(value, 4) for value in values]
         rows[name]["mean"] = round(statistics.fmean(values), 4)
         if name != HEAD_ONLY:
-            mine, theirs = ([entry.correct for entry in correct[n]] for n in (name, HEAD_ONLY))
+            mine, theirs = ([entry.merits for entry in correct[n]] for n in (name, HEAD_ONLY))
             gain = float(np.mean(mine) - np.mean(theirs))
             low, high = paired_interval(mine, theirs)
             rows[name]["over_head_only"] = [round(gain, 4), round(low, 4), round(high, 4)]

@@ -15,10 +15,10 @@ def test_entries_come_back_as_they_were(tmp_path):
     ledger.put("k", entry())
     found = ledger.get("k")
     assert found.outcome == entry().outcome
-    assert found.correct.tolist() == entry().correct.tolist()
+    assert found.merits.tolist() == entry().merits.tolist()
     assert found.sample_epochs == 123
     ledger.put("j", entry(0))
-    assert ledger.get("j").correct.shape == (0,)
+    assert ledger.get("j").merits.shape == (0,)
     assert ledger.sample_epochs("outer") == 246
     assert ledger.sample_epochs("inner") == 0
 

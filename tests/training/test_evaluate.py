@@ -21,8 +21,8 @@ def test_figures_equal_the_predictions(insert: Callable[..., Any]) -> None:
         images, labels = next(iter(task.batches("outer", batch_size=40)))
         logits = inserted.model(images)
     hits = (logits.argmax(1) == labels).numpy()
-    assert result.correct.dtype == np.bool_
-    assert (result.correct == hits).all()
+    assert result.merits.dtype == np.bool_
+    assert (result.merits == hits).all()
     assert result.top1 == pytest.approx(hits.mean())
     assert result.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert result.interval[0] <= result.top1 <= result.interval[1]

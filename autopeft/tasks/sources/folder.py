@@ -10,7 +10,7 @@ from autopeft.errors import DataError
 from autopeft.tasks.sources._images import EXTENSIONS, natural_key, read_image
 from autopeft.tasks.sources.source import Part, Sample, Source
 
-__all__ = ["open_folder"]
+__all__ = ["has_images", "open_folder"]
 
 _PARTS: dict[str, Part] = {
     "train": "train",
@@ -62,6 +62,12 @@ def open_folder(path: Path) -> Source:
         for part, files in found.items()
     }
     return Source(f"the data folder {path}", classes, parts)
+
+
+def has_images(path: Path) -> bool:
+    """Whether images lie in a folder directly, and none in folders of it."""
+    files = any(f.suffix.lower() in EXTENSIONS for f in path.iterdir() if f.is_file() and not _hidden(f.name))
+    return files and not _folders(path)
 
 
 def _folders(path: Path) -> list[Path]:

@@ -39,9 +39,10 @@ class Source:
 
     Attributes:
         title: what to call it in messages.
-        classes: class names in label order, at least two.
+        classes: class names in label order, at least two unless the images are unlabelled.
         parts: `all` alone, or `train` with `val`, `test` or both.
         counts: how many samples the inner, outer and test split of one tree have unless the user says otherwise.
+        unlabelled: whether there are no classes but one that all images are in.
 
     Raises:
         DataError: for data without images, of a single class, or whose parts differ in their classes.
@@ -51,6 +52,7 @@ class Source:
     classes: tuple[str, ...]
     parts: Mapping[Part, tuple[Sample, ...]]
     counts: tuple[int, int, int] | None = None
+    unlabelled: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.parts) - set(get_args(Part))
@@ -62,7 +64,7 @@ class Source:
             raise DataError(f"{self.title} has {' and '.join(self.parts)} but no train; add the training images")
         if set(self.parts) == {"train"}:
             object.__setattr__(self, "parts", {"all": self.parts["train"]})
-        if len(self.classes) < 2:
+        if len(self.classes) < 2 and not self.unlabelled:
             found = f"only the class {self.classes[0]!r}" if self.classes else "no class"
             raise DataError(f"{self.title} holds {found}; classification needs at least two classes")
         for part, samples in self.parts.items():
