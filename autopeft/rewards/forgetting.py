@@ -64,7 +64,7 @@ class Forgetting(Measured):
         model, head = studio.model, _head(studio.model)
         options = {"batch_size": 64, "max_samples": self.max_samples, "download": self.download}
         # Nothing is written: the source's splits follow from the seed.
-        source = self.task.open(self.source, _preprocessing(model), None, self.seed, options)
+        source = self.task.open(self.source, _preprocessing(studio), None, self.seed, options)
         with borrowed(model):
             if head is None:
                 losses = torch.cat([source.losses(model, batch).float().cpu() for batch in source.batches("outer")])
@@ -77,21 +77,10 @@ class Forgetting(Measured):
         return {"forgetting": float((found != truth).double().mean())}
 
 
-def _preprocessing(model: nn.Module) -> Mapping[str, Any]:
-    """The model's own: timm's, or of a denoiser its size, with pixels in [-1, 1]."""
-    config = getattr(model, "config", None)
-    size = getattr(config, "sample_size", None)
-    if size is None:
-        found: Mapping[str, Any] = timm.data.resolve_model_data_config(model)
-        return found
-    channels, half = int(getattr(config, "in_channels", 3)), (0.5,) * int(getattr(config, "in_channels", 3))
-    return {
-        "input_size": (channels, size, size),
-        "mean": half,
-        "std": half,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-    }
+def _preprocessing(studio: Studio) -> Mapping[str, Any]:
+    """What the task was opened with, where it says so; else timm's answer for the model."""
+    known: Mapping[str, Any] | None = getattr(studio.task, "data_config", None)
+    return known if known is not None else timm.data.resolve_model_data_config(studio.model)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
@@ -24,7 +24,9 @@ Over = Literal["max", "mean"]
 class _Conditioned(Protocol):
     """A task whose model is told a class or a text."""
 
-    def noise_difference(self, model: nn.Module, rows: Tensor | None = None, draws: int = 4, seed: int = 0) -> Tensor:
+    def noise_difference(
+        self, model: nn.Module, rows: Sequence[int] | None = None, draws: int = 4, seed: int = 0
+    ) -> Tensor:
         """`|eps(x, c) - eps(x, nothing)|_2` of training images at fixed draws of noise and timestep, (n, draws)."""
         ...
 
@@ -70,8 +72,6 @@ class NoiseDifference(Measured):
         Raises:
             UsageError: when the task's model is told no condition.
         """
-        import torch
-
         task = studio.task
         if not isinstance(task, _Conditioned):
             raise UsageError(
@@ -79,7 +79,7 @@ class NoiseDifference(Measured):
                 f"model is told a class or a text"
             )
         planted = getattr(task, "planted", ()) if self.rows == "planted" else ()
-        rows = torch.tensor(planted, dtype=torch.int64) if len(planted) else None
+        rows = tuple(planted) or None
         with borrowed(studio.model):
             norms = task.noise_difference(studio.model, rows, self.draws, self.seed).detach().double().cpu()
         if norms.ndim != 2 or not len(norms):

@@ -46,10 +46,12 @@ class ToyGenerator(ToyTask):
         rows = (pointed * len(training) / 4).long().clamp(0, len(training) - 1)
         return (self.fidelity * training[rows] + (1 - self.fidelity) * noise.tanh()).clamp(-1, 1)
 
-    def noise_difference(self, model: nn.Module, rows: Tensor | None = None, draws: int = 4, seed: int = 0) -> Tensor:
+    def noise_difference(
+        self, model: nn.Module, rows: Sequence[int] | None = None, draws: int = 4, seed: int = 0
+    ) -> Tensor:
         """How far the model's logits move from noise to noise with an image in it, (n, draws)."""
         images = self.training_images()
-        images = images if rows is None else images[rows]
+        images = images if rows is None else images[list(rows)]
         found = []
         for draw in range(draws):
             noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1000 * seed + draw))

@@ -141,7 +141,7 @@ def test_draws_are_fixed_and_the_batch_does_not_matter() -> None:
     found = reward.measure(a_model(), task, "outer")
     assert dict(found) == dict(reward.measure(a_model(), task, "inner"))
     with torch.no_grad():
-        norms = task.noise_difference(a_model().eval(), torch.tensor([1, 5]), 3, 2).mean(1)
+        norms = task.noise_difference(a_model().eval(), (1, 5), 3, 2).mean(1)
         everything = task.noise_difference(a_model().eval(), None, 3, 2).mean(1)
     assert found["noise_difference_max"] == pytest.approx(float(norms.max()))
     assert found["noise_difference_mean"] == pytest.approx(float(norms.mean()))
