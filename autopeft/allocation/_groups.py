@@ -7,7 +7,7 @@ apart) every compatible set of options becomes one item, dominated ones pruned a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from autopeft.core.menu import Option
 from autopeft.core.site import Place
 
-__all__ = ["Group", "cells_of", "components", "group_options", "pareto", "plain"]
+__all__ = ["Group", "cells_of", "components", "group_of", "group_options", "pareto", "plain"]
 
 _MAX_SETS = 50_000
 """Compatible sets that may be looked at in one component before the problem goes to `_hubs`."""
@@ -63,16 +63,20 @@ def group_options(options: Sequence[Option], costs: Any, gains: Any, limit: int)
     cells = cells_of(options, costs, gains, limit)
     groups = []
     for component in components(list(cells)):
-        members = [np.array(cells[places], dtype=np.int64) for places in component]
-        if len(component) == 1 or _exclusive(component):
-            group = plain(np.concatenate(members), costs, gains)
-        else:
-            mixed = _mixed(component, members, costs, gains, limit)
-            if mixed is None:
-                return None
-            group = mixed
+        group = group_of({places: cells[places] for places in component}, costs, gains, limit)
+        if group is None:
+            return None
         groups.append(group)
     return groups
+
+
+def group_of(cells: Mapping[tuple[Place, ...], Sequence[int]], costs: Any, gains: Any, limit: int) -> Group | None:
+    """The group of a component, given by its cells; None when it has too many compatible sets to look at."""
+    component = list(cells)
+    members = [np.array(cells[places], dtype=np.int64) for places in component]
+    if len(component) == 1 or _exclusive(component):
+        return plain(np.concatenate(members), costs, gains)
+    return _mixed(component, members, costs, gains, limit)
 
 
 def cells_of(options: Sequence[Option], costs: Any, gains: Any, limit: int) -> dict[tuple[Place, ...], list[int]]:

@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from autopeft.core.menu import Option
 from autopeft.core.site import Place
 from autopeft.errors import AutopeftError, UsageError
 
-__all__ = ["MilpPacking", "pack", "quiet_stdout"]
+__all__ = ["MilpPacking", "Programme", "quiet_stdout"]
 
 _SCALE = 1e4
 """The objective is scaled to this size: HiGHS stops at an absolute gap of 1e-6, which must mean nothing."""
@@ -31,95 +31,143 @@ class MilpPacking:
 
     Attributes:
         chosen: positions of the chosen options, increasing.
-        bound: no choice within the constraints gains more.
-        price: gain per further unit of budget in the linear relaxation.
+        value: of the objective.
+        bound: no choice within the constraints is worth more.
+        price: worth of a further unit of budget in the linear relaxation.
     """
 
     chosen: tuple[int, ...]
+    value: float
     bound: float
     price: float
 
 
-def pack(
-    options: Sequence[Option],
-    costs: Any,
-    gains: Any,
-    limit: int,
-    *,
-    covers: Sequence[Sequence[int]] = (),
-    max_options: int | None = None,
-    gap: float = 0.0,
-    seconds: float = math.inf,
-) -> MilpPacking | None:
-    """The best choice under the budget, one option per place, and side constraints; None when there is none.
+class Programme:
+    """A mixed-integer programme that is put together column by column and row by row.
+
+    The first columns are the options, in their order: 1 when an option is chosen. At most one of each place is.
 
     Args:
         options: the options in canonical order.
-        costs: their costs, int64 of shape (n,).
-        gains: their gains, float64 of shape (n,); negative ones are allowed, for options that a cover forces.
-        limit: largest total cost.
-        covers: of each of these sets of positions at least one is chosen.
-        max_options: largest number of options, None for any.
-        gap: relative gap to the bound at which to stop.
-        seconds: time after which to stop with the best found.
+        worth: what each adds to the objective, float64 of shape (n,).
 
-    Raises:
-        UsageError: when the time is over before anything was found.
+    Attributes:
+        n: number of options.
+        value: what the objective is of a choice; the sum of the options' worth unless it is replaced.
+        exact: what a choice comes to, and the limit that it must keep exactly: HiGHS does so up to a tolerance.
     """
-    import scipy.optimize
-    import scipy.sparse
 
-    # Any, with and without scipy's stubs installed: they reject arrays that scipy accepts.
-    solvers: Any = scipy.optimize
-    n = len(options)
-    if n == 0:
-        return MilpPacking((), 0.0, 0.0) if not covers else None
-    places: dict[Place, list[int]] = {}
-    for i, option in enumerate(options):
-        for place in option.places:
-            places.setdefault(place, []).append(i)
-    rows: list[tuple[Sequence[int], float]] = [(members, 1.0) for members in places.values() if len(members) > 1]
-    if max_options is not None:
-        rows.append((range(n), float(max_options)))
-    column = np.concatenate([np.arange(n), *[np.fromiter(m, np.int64) for m, _ in rows], *map(np.array, covers)])
-    sizes = [n, *[len(m) for m, _ in rows], *[len(m) for m in covers]]
-    value = np.concatenate([costs, np.ones(sum(sizes[1 : 1 + len(rows)])), -np.ones(sum(sizes[1 + len(rows) :]))])
-    row = np.repeat(np.arange(len(sizes)), sizes)
-    matrix = scipy.sparse.csr_array((value.astype(np.float64), (row, column.astype(np.int64))), shape=(len(sizes), n))
-    upper = np.array([float(limit), *[bound for _, bound in rows], *[-1.0] * len(covers)])
-    scale = _SCALE / max(float(np.abs(gains).max()), 1e-300)
-    settings = {"mip_rel_gap": gap, **({"time_limit": seconds} if math.isfinite(seconds) else {})}
-    for _ in range(_ATTEMPTS):
-        with quiet_stdout():
-            found = solvers.milp(
-                -gains * scale,
-                constraints=solvers.LinearConstraint(matrix, ub=upper),
-                integrality=np.ones(n),
-                bounds=solvers.Bounds(0, 1),
-                options=settings,
-            )
-        if found.status == 2:
-            return None
-        if found.x is None:
-            if found.status == 1:
-                raise UsageError(f"HiGHS found no plan in {seconds:g} s; raise time_limit of the knapsack")
-            raise AutopeftError(f"HiGHS gave up on {n} options: {found.message}")
-        chosen = np.flatnonzero(found.x > 0.5)
-        excess = int(costs[chosen].sum()) - limit
-        if excess <= 0:
-            break
-        # HiGHS keeps rows up to a tolerance; on budgets of millions that can be a whole parameter.
-        upper[0] -= excess
-    else:
-        raise AutopeftError(f"HiGHS kept exceeding the budget of {limit:,} on {n} options")
-    gain = math.fsum(gains[chosen].tolist())
-    bound = -float(found.mip_dual_bound) / scale
-    with quiet_stdout():
-        linear = solvers.linprog(-gains * scale, A_ub=matrix, b_ub=upper, bounds=(0, 1), method="highs")
-    price = -float(linear.ineqlin.marginals[0]) / scale if linear.status == 0 else 0.0
-    if found.status == 0 and upper[0] == limit and bound - gain <= 1e-9 * max(abs(bound), abs(gain)):
-        bound = gain
-    return MilpPacking(tuple(chosen.tolist()), max(bound, gain), max(price, 0.0))
+    def __init__(self, options: Sequence[Option], worth: Any) -> None:
+        self.n = len(options)
+        self.value: Callable[[Any], float] = lambda chosen: math.fsum(worth[chosen].tolist())
+        self.exact: list[tuple[Callable[[Any], float], float]] = []
+        self.worth = [float(w) for w in worth]
+        self._least = [0.0] * self.n
+        self._most = [1.0] * self.n
+        self._whole = [True] * self.n
+        self._columns: list[Any] = []
+        self._values: list[Any] = []
+        self._limits: list[float] = []
+        places: dict[Place, list[int]] = {}
+        for i, option in enumerate(options):
+            for place in option.places:
+                places.setdefault(place, []).append(i)
+        self.by_place = tuple(places.values())
+        for members in self.by_place:
+            if len(members) > 1:
+                self.row(members, np.ones(len(members)), 1.0)
+
+    def column(self, worth: float = 0.0, most: float = 1.0, least: float = 0.0, whole: bool = False) -> int:
+        """A further column from `least` to `most`; its position."""
+        self.worth.append(worth)
+        self._least.append(least)
+        self._most.append(most)
+        self._whole.append(whole)
+        return len(self.worth) - 1
+
+    def row(self, columns: Sequence[int], values: Any, high: float) -> int:
+        """`sum of values times columns <= high`; its position."""
+        self._columns.append(np.asarray(columns, dtype=np.int64))
+        self._values.append(np.asarray(values, dtype=np.float64))
+        self._limits.append(float(high))
+        return len(self._limits) - 1
+
+    def spend(self, costs: Any, limit: int) -> int:
+        """The row of the budget."""
+        self.exact.append((lambda chosen: int(costs[chosen].sum()), limit))
+        return self.row(range(self.n), costs, limit)
+
+    def bar(self, chosen: Any) -> None:
+        """Forbid this one choice of options and no other (a no-good cut)."""
+        held = np.isin(np.arange(self.n), chosen)
+        self.row(range(self.n), np.where(held, 1.0, -1.0), float(held.sum()) - 1)
+
+    def solve(self, budget: int | None, gap: float = 0.0, seconds: float = math.inf) -> MilpPacking | None:
+        """The best choice; None when there is none.
+
+        Args:
+            budget: the row whose price is asked for, None for none.
+            gap: relative gap to the bound at which to stop.
+            seconds: time after which to stop with the best found.
+
+        Raises:
+            UsageError: when the time is over before anything was found.
+        """
+        import scipy.optimize
+        import scipy.sparse
+
+        # Any, with and without scipy's stubs installed: they reject arrays that scipy accepts.
+        solvers: Any = scipy.optimize
+        worth = np.array(self.worth)
+        if len(worth) == 0:
+            kept = all(limit >= 0 for limit in self._limits)
+            return MilpPacking((), 0.0, 0.0, 0.0) if kept else None
+        bounds = solvers.Bounds(np.array(self._least), np.array(self._most))
+        scale = _SCALE / max(float(np.abs(worth).max()), 1e-300)
+        settings = {"mip_rel_gap": gap, **({"time_limit": seconds} if math.isfinite(seconds) else {})}
+        for _ in range(_ATTEMPTS):
+            matrix, upper = self._matrix(scipy.sparse), np.array(self._limits)
+            with quiet_stdout():
+                found = solvers.milp(
+                    -worth * scale,
+                    constraints=solvers.LinearConstraint(matrix, ub=upper),
+                    integrality=np.array(self._whole, dtype=np.int64),
+                    bounds=bounds,
+                    options=settings,
+                )
+            if found.status == 2:
+                return None
+            if found.x is None:
+                if found.status == 1:
+                    raise UsageError(f"HiGHS found no plan in {seconds:g} s; raise time_limit of the knapsack")
+                raise AutopeftError(f"HiGHS gave up on {self.n} options: {found.message}")
+            chosen = np.flatnonzero(found.x[: self.n] > 0.5)
+            excess = max((used(chosen) - limit for used, limit in self.exact), default=0.0)
+            if excess <= 0:
+                break
+            # HiGHS keeps rows up to a tolerance; on budgets of millions that can be a whole parameter.
+            self.bar(chosen)
+        else:
+            raise AutopeftError(f"HiGHS kept exceeding the limits on {self.n} options, by {excess:g} at last")
+        value = self.value(chosen)
+        bound = -float(found.mip_dual_bound) / scale
+        price = 0.0
+        if budget is not None:
+            with quiet_stdout():
+                linear = solvers.linprog(
+                    -worth * scale, A_ub=matrix, b_ub=upper, bounds=np.stack((bounds.lb, bounds.ub), 1)
+                )
+            price = -float(linear.ineqlin.marginals[budget]) / scale if linear.status == 0 else 0.0
+        if found.status == 0 and bound - value <= 1e-9 * max(abs(bound), abs(value)):
+            bound = value
+        return MilpPacking(tuple(chosen.tolist()), value, max(bound, value), max(price, 0.0))
+
+    def _matrix(self, sparse: Any) -> Any:
+        sizes = [len(columns) for columns in self._columns]
+        row = np.repeat(np.arange(len(sizes)), sizes)
+        column = np.concatenate([np.empty(0, np.int64), *self._columns])
+        value = np.concatenate([np.empty(0), *self._values])
+        return sparse.csr_array((value, (row, column)), shape=(len(sizes), len(self.worth)))
 
 
 @contextlib.contextmanager

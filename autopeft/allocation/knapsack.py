@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from autopeft.allocation import _groups, _hubs, _mckp, _milp
+from autopeft.allocation import _exact, _rules
+from autopeft.allocation._milp import MilpPacking
+from autopeft.allocation._problem import Problem
+from autopeft.allocation._selectors import Selectors
 from autopeft.core.allocation import Allocation, Provenance
 from autopeft.core.budget import Budget
-from autopeft.core.menu import Menu, Option
+from autopeft.core.menu import Menu
 from autopeft.errors import InfeasibleBudget, UsageError
 
 __all__ = ["Knapsack"]
@@ -26,17 +30,28 @@ class Knapsack:
 
     Without side constraints: dominance, linear bound, reduced-cost fixing and dynamic programming on the core
     (`_mckp`), one such problem per decision about the options that interlock many others (`_hubs`). With side
-    constraints, or when there are too many such decisions: scipy's HiGHS. Plans of equal
-    gain break by the options' canonical order, never by the order they were given in. The result is the same on every
-    call unless `time_limit` strikes.
+    constraints that this plan does not keep anyway, or when there are too many such decisions: scipy's HiGHS. Plans of
+    equal gain break by the options' canonical order, never by the order they were given in. The result is the same on
+    every call unless `time_limit` strikes. The menu's caps are kept too.
+
+    Sites are spoken of by name, by a glob over names, or as `role:ROLE` (a role, a glob over roles, or one of the
+    groups qkv, proj, mlp, norm, conv, other); `require` and `forbid` also take `method:KEY`.
 
     Attributes:
         gap: relative gap to the proven bound at which to stop; 0 stops at the optimum.
         time_limit: seconds after which the best plan found is returned, with the bound proven by then.
-        require: sites at which at least one option must be bought.
-        forbid: sites at which nothing may be bought.
+        require: sites at which at least one option must be bought (of a glob: at each of them where there is one), and
+            methods of which at least one must.
+        forbid: sites at which nothing may be bought, and methods of which nothing may.
         max_options: largest number of options, None for any.
+        max_methods: largest number of different methods, None for any.
         max_size: largest size per method key, such as `{"lora": 16}` for a server that caps ranks.
+        tie: sites that take one size together: all of them take a method, at the same size, or none does. `role` ties
+            the sites of every role.
+        every_block: whether each block must get at least one option.
+        curve: exponent g in [0.4, 1] of the blocks' curves: the sum over blocks of (sum of the block's gains)^g is
+            maximised, in 16 straight pieces. 1 is the plain sum of the gains. The gain of an option that reaches into
+            several blocks counts in equal shares.
 
     Raises:
         UsageError: for a value outside of its range, or a site that is required and forbidden.
@@ -47,18 +62,26 @@ class Knapsack:
     require: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
     max_options: int | None = None
+    max_methods: int | None = None
     max_size: Mapping[str, int] = field(default_factory=dict, hash=False)
+    tie: tuple[str, ...] = ()
+    every_block: bool = False
+    curve: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.gap < 1:
             raise UsageError(f"gap of the knapsack must be at least 0 and below 1, got {self.gap}")
         if not self.time_limit > 0:
             raise UsageError(f"time_limit of the knapsack must be above 0 seconds, got {self.time_limit}")
-        if self.max_options is not None and self.max_options < 1:
-            raise UsageError(f"max_options of the knapsack must be at least 1, got {self.max_options}")
+        for name in ("max_options", "max_methods"):
+            most = getattr(self, name)
+            if most is not None and most < 1:
+                raise UsageError(f"{name} of the knapsack must be at least 1, got {most}")
         for method, size in self.max_size.items():
             if size < 1:
                 raise UsageError(f"max_size of method {method!r} must be at least 1, got {size}; use forbid instead")
+        if not 0.4 <= self.curve <= 1:
+            raise UsageError(f"curve of the knapsack must lie between 0.4 and 1, got {self.curve}")
         both = sorted(set(self.require) & set(self.forbid))
         if both:
             raise UsageError(f"the knapsack is asked to require and to forbid {', '.join(both)}; keep one of them")
@@ -72,111 +95,129 @@ class Knapsack:
             seed: not used; the plan is exact.
 
         Raises:
-            InfeasibleBudget: when the menu is not empty and its cheapest option costs more than the budget, or when the
-                required sites cannot all be bought.
-            UsageError: when a required or forbidden site is unknown.
+            InfeasibleBudget: when the menu is not empty and its cheapest option costs more than the budget, or when no
+                plan within the budget keeps the side constraints; carries the cost of the cheapest plan that does.
+            UsageError: when a setting names a site that the menu does not have.
         """
         started = time.perf_counter()
-        options = self._offered(menu)
-        costs = np.array([o.cost.of(budget.unit) for o in options], dtype=np.int64)
-        gains = np.array([o.gain for o in options], dtype=np.float64)
-        if len(options) and costs.min() > budget.limit:
-            raise _nothing_fits(options, costs.tolist(), budget)
-        groups = hubs = None
-        if not self.require and self.max_options is None:
-            groups = _groups.group_options(options, costs, gains, budget.limit)
-            if groups is None:
-                hubs = _hubs.solve(options, costs, gains, budget.limit, self.gap, self.time_limit)
-        if groups is not None:
-            packing = _mckp.solve(groups, budget.limit, self.gap, self.time_limit)
-            picks = [i for group, item in zip(groups, packing.items, strict=True) for i in group.picks[item].tolist()]
-            chosen = [i for i in picks if i >= 0]
-            bound, price = packing.bound, packing.price
-        elif hubs is not None:
-            chosen, bound, price = list(hubs.chosen), hubs.bound, hubs.price
-        else:
-            chosen, bound, price = self._by_milp(options, costs, gains, budget)
-        plan = Allocation(tuple(options[i] for i in chosen), budget)
+        problem = self._problem(menu, budget)
+        if len(problem.bundles) and problem.costs.min() > budget.limit:
+            raise _nothing_fits(problem, budget)
+        found = _exact.solve(problem, budget.limit, self.gap, self.time_limit)
+        if found is None:
+            raise self._refusal(problem, budget)
+        return self._plan(problem, found, menu, budget, started)
+
+    def next_best(self, menu: Menu, budget: Budget, plan: Allocation) -> Allocation | None:
+        """The best plan within the same constraints that is not `plan`; None when there is no other.
+
+        Only options that gain something, or that a constraint may call for, count as another plan. `time_limit` is
+        kept: a bound above the gain says that the search for it was cut short.
+
+        Args:
+            menu: the options.
+            budget: the limit.
+            plan: what `allocate` gave for them.
+
+        Raises:
+            UsageError: when the plan is not one of this menu.
+        """
+        started = time.perf_counter()
+        problem = self._problem(menu, budget)
+        bought = {(o.site, o.method, o.size) for o in plan}
+        chosen = [i for i, b in enumerate(problem.bundles) if {(o.site, o.method, o.size) for o in b.members} <= bought]
+        if len([o for i in chosen for o in problem.bundles[i].members]) != len(plan):
+            raise UsageError("the plan whose rival is asked for was not bought from this menu under these constraints")
+        found = _exact.second(problem, chosen, plan.gap == 0, budget.limit, self.time_limit)
+        return None if found is None else self._plan(problem, found, menu, budget, started)
+
+    def cheapest(self, menu: Menu, budget: Budget) -> Allocation | None:
+        """The plan of least cost that keeps the side constraints and buys something, whatever the budget.
+
+        Args:
+            menu: the options.
+            budget: says what is counted; its limit is not looked at.
+        """
+        started = time.perf_counter()
+        problem = self._problem(menu, budget)
+        found = problem.cheapest(self.time_limit)
+        if found is None:
+            return None
+        cost = int(problem.costs[list(found.chosen)].sum())
+        return self._plan(
+            problem, found, menu, dataclasses.replace(budget, limit=cost, share_of=None, text=""), started
+        )
+
+    def refusal(self, menu: Menu, budget: Budget) -> InfeasibleBudget:
+        """The error that says what the cheapest plan within the side constraints costs, or that there is none.
+
+        Args:
+            menu: the options, also those that cost more than the budget; gains are not looked at.
+            budget: the limit.
+        """
+        return self._refusal(self._problem(menu, budget), budget)
+
+    def _problem(self, menu: Menu, budget: Budget) -> Problem:
+        known = Selectors(menu)
+        bundles = _rules.bundles_of(_rules.offered(menu, self, known), self, known)
+        costs = np.array([b.option.cost.of(budget.unit) for b in bundles], dtype=np.int64)
+        gains = np.array([b.option.gain for b in bundles], dtype=np.float64)
+        rows = _rules.rows_of(bundles, self, known)
+        blocks = () if self.curve == 1.0 else _rules.shares_of(bundles, known)
+        return Problem(bundles, costs, gains, rows, self.max_methods, menu.caps, blocks, self.curve)
+
+    def _plan(self, problem: Problem, found: MilpPacking, menu: Menu, budget: Budget, started: float) -> Allocation:
+        options = tuple(o for i in found.chosen for o in problem.bundles[i].members)
+        plan = Allocation(options, budget)
         scorer = menu.scores.origin.scorer if menu.scores is not None else ""
+        worth = plan.gain if problem.linear else found.value
+        bound = worth if found.bound - worth <= _ROUNDING * abs(worth) else found.bound
+        value = None if problem.linear else found.value
         seconds = time.perf_counter() - started
-        if bound - plan.gain <= _ROUNDING * abs(plan.gain):
-            bound = plan.gain
-        return Allocation(plan.options, budget, Provenance(self._name(), scorer, bound, price, seconds))
+        return Allocation(plan.options, budget, Provenance(self._name(), scorer, bound, found.price, seconds, value))
 
     def _name(self) -> str:
+        plain = Knapsack()
         settings = [
-            f"{name}={getattr(self, name)!r}"
-            for name, default in (
-                ("gap", 0.0),
-                ("require", ()),
-                ("forbid", ()),
-                ("max_options", None),
-                ("max_size", {}),
-            )
-            if getattr(self, name) != default
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.name != "time_limit" and getattr(self, f.name) != getattr(plain, f.name)
         ]
         return f"knapsack({', '.join(settings)})" if settings else "knapsack"
 
-    def _offered(self, menu: Menu) -> tuple[Option, ...]:
-        known = {o.site for o in menu.options} | {p.site for o in menu.options for p in o.places} | set(menu.sites)
-        for name in (*self.require, *self.forbid):
-            if name not in known:
-                raise UsageError(f"the knapsack requires or forbids {name!r}, which is not a site of this menu")
-        forbidden = set(self.forbid)
-        return tuple(
-            o
-            for o in menu.options
-            if o.size <= self.max_size.get(o.method, o.size) and not (forbidden and forbidden & _touched(o))
+    def _refusal(self, problem: Problem, budget: Budget) -> InfeasibleBudget:
+        lacking = [row.what for row in problem.rows if not row.members and row.low > 0]
+        asked = [row.what for row in problem.rows] + [
+            *([f"at most {self.max_methods} methods"] if self.max_methods is not None else []),
+            *(f"{cap.name} of at most {cap.most:,.6g}" for cap in problem.caps),
+        ]
+        if not asked and len(problem.bundles):
+            return _nothing_fits(problem, budget)
+        found = None if lacking else problem.cheapest(self.time_limit)
+        if found is None:
+            why = f"nothing on the menu is {lacking[0]}" if lacking else "they contradict each other at any budget"
+            what = "; ".join(_short(lacking or asked))
+            return InfeasibleBudget(f"a budget of {budget} buys no plan with {what}: {why}. Ask for less")
+        members = [o for i in found.chosen for o in problem.bundles[i].members]
+        cost = int(problem.costs[list(found.chosen)].sum())
+        listed = ", ".join(_short([f"{o.method} of size {o.size} at {o.site}" for o in members]))
+        return InfeasibleBudget(
+            f"a budget of {budget} buys no plan with {'; '.join(_short(asked))}: the cheapest one costs {cost:,} "
+            f"({listed}). Raise the budget to at least {cost:,} or ask for less",
+            cost,
         )
 
-    def _by_milp(
-        self, options: tuple[Option, ...], costs: np.ndarray, gains: np.ndarray, budget: Budget
-    ) -> tuple[list[int], float, float]:
-        wanted = set(self.require)
-        useful = [
-            i
-            for i, o in enumerate(options)
-            if costs[i] <= budget.limit and (gains[i] > 0 or (wanted and wanted & _touched(o)))
-        ]
-        kept = [options[i] for i in useful]
-        covers = [[k for k, o in enumerate(kept) if name in _touched(o)] for name in self.require]
-        lacking = [name for name, cover in zip(self.require, covers, strict=True) if not cover]
-        found = None
-        if not lacking:
-            found = _milp.pack(
-                kept,
-                costs[useful],
-                gains[useful],
-                budget.limit,
-                covers=covers,
-                max_options=self.max_options,
-                gap=self.gap,
-                seconds=self.time_limit,
-            )
-        if found is None:
-            least = [
-                min((c for o, c in zip(options, costs.tolist(), strict=True) if name in _touched(o)), default=None)
-                for name in self.require
-            ]
-            cheapest = None if None in least else sum(c for c in least if c is not None)
-            raise InfeasibleBudget(
-                f"a budget of {budget} does not buy an option at each of the required sites "
-                f"{', '.join(lacking or self.require)} within the other constraints; raise it or require fewer sites",
-                cheapest,
-            )
-        return [useful[k] for k in found.chosen], found.bound, found.price
+
+def _short(texts: list[str], most: int = 4) -> list[str]:
+    """The first few, and how many more there are."""
+    return texts if len(texts) <= most + 1 else [*texts[:most], f"{len(texts) - most} more"]
 
 
-def _touched(option: Option) -> set[str]:
-    """The sites that an option is bought at: its own, and the slices that a whole projection occupies."""
-    return {option.site, *(place.site for place in option.places)}
-
-
-def _nothing_fits(options: tuple[Option, ...], costs: list[int], budget: Budget) -> InfeasibleBudget:
-    i = min(range(len(options)), key=costs.__getitem__)
-    cheapest = options[i]
+def _nothing_fits(problem: Problem, budget: Budget) -> InfeasibleBudget:
+    i = int(problem.costs.argmin())
+    cheapest, cost = problem.bundles[i].option, int(problem.costs[i])
     return InfeasibleBudget(
         f"a budget of {budget} buys nothing: the cheapest option, {cheapest.method} of size {cheapest.size} at "
-        f"{cheapest.site}, costs {costs[i]:,}. Raise the budget to at least {costs[i]:,}.",
-        costs[i],
+        f"{cheapest.site}, costs {cost:,}. Raise the budget to at least {cost:,}.",
+        cost,
     )

@@ -26,6 +26,7 @@ class Provenance:
         bound: proven upper bound of the total gain, None when the allocator proves nothing.
         price: dual price: predicted gain per further unit of budget, None when unknown.
         seconds: time the solver took.
+        value: what was maximised, when that is not the sum of the gains; the bound is then of this.
     """
 
     allocator: str = ""
@@ -33,6 +34,7 @@ class Provenance:
     bound: float | None = None
     price: float | None = None
     seconds: float = 0.0
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,15 @@ class Allocation:
     def gain(self) -> float:
         """Sum of the predicted gains."""
         return sum(option.gain for option in self.options)
+
+    @property
+    def gap(self) -> float | None:
+        """Relative distance between what was maximised and its proven bound; None without a bound, 0 when optimal."""
+        bound, value = self.provenance.bound, self.provenance.value
+        if bound is None:
+            return None
+        reached = self.gain if value is None else value
+        return max(0.0, bound - reached) / abs(bound) if bound else 0.0
 
     @property
     def digest(self) -> str:

@@ -13,6 +13,7 @@ from autopeft.core.budget import Cost
 from autopeft.core.site import Place, Site
 
 if TYPE_CHECKING:
+    from autopeft.core.cap import Cap
     from autopeft.core.scores import Scores
 
 __all__ = ["Indices", "Menu", "Option"]
@@ -118,11 +119,13 @@ class Menu:
         options: the options in canonical order, whatever order they were given in.
         sites: the sites they refer to, by name.
         scores: the scores behind the gains; allocators that threshold entries (SPT) need them.
+        caps: limits on what a plan uses up besides its budget.
     """
 
     options: tuple[Option, ...]
     sites: Mapping[str, Site] = field(default_factory=dict)
     scores: Scores | None = None
+    caps: tuple[Cap, ...] = ()
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.options, key=lambda o: o.order))
@@ -143,4 +146,4 @@ class Menu:
     def only(self, methods: Iterable[str]) -> Menu:
         """The same menu with the options of these methods alone."""
         wanted = set(methods)
-        return Menu(tuple(o for o in self.options if o.method in wanted), self.sites, self.scores)
+        return Menu(tuple(o for o in self.options if o.method in wanted), self.sites, self.scores, self.caps)

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import pytest
 import torch
 
+from autopeft.allocation import _exact
 from autopeft.allocation._spt_parts import default_methods
 from autopeft.allocation.gain import GainPolicy, build_menu
+from autopeft.allocation.knapsack import Knapsack
+from autopeft.core.allocation import Allocation
 from autopeft.core.budget import Budget
 from autopeft.core.contracts import Method
 from autopeft.core.menu import Menu
@@ -34,6 +38,18 @@ def make_scores(sites: Iterable[Site], seed: int = 0, scale: float = 1.0) -> Sco
         if slots:
             evidence[site.name] = Evidence(site, slots)
     return Scores(ScoreOrigin("hand-made", 1, ""), totals, evidence)
+
+
+def pack_by_milp(menu: Menu, budget: Budget, **settings: Any) -> Allocation:
+    """The plan by HiGHS alone: without the dynamic programming that comes before it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_exact, "_dynamic", lambda *args: None)
+        return Knapsack(**settings).allocate(menu, budget)
+
+
+@pytest.fixture(scope="session")
+def by_milp() -> Callable[..., Allocation]:
+    return pack_by_milp
 
 
 @pytest.fixture(scope="session")

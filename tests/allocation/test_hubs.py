@@ -10,8 +10,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from autopeft.allocation import _forest, _groups, _hubs, _milp
+from autopeft.allocation import _forest, _groups, _hubs
+from autopeft.allocation._milp import Programme
 from autopeft.allocation.knapsack import Knapsack
+from autopeft.core.allocation import Allocation
 from autopeft.core.budget import Budget, Cost
 from autopeft.core.menu import Menu, Option
 from autopeft.core.site import Place
@@ -112,11 +114,11 @@ def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
         check_against_enumeration()
 
 
-def test_equals_milp_on_larger_menus() -> None:
+def test_equals_milp_on_larger_menus(by_milp: Callable[..., Allocation]) -> None:
     for seed in range(4):
         menu = group_menu(seed, blocks=8, sizes=6, largest=60)
         for limit in (60, 500):
-            theirs = Knapsack(max_options=10_000).allocate(menu, Budget(limit))
+            theirs = by_milp(menu, Budget(limit))
             gain, found = solved(menu, limit)
             assert gain == pytest.approx(theirs.gain, rel=1e-9)
             assert found.bound == pytest.approx(gain, rel=1e-9)
@@ -138,13 +140,15 @@ def test_hand_worked() -> None:
     assert 5.0 <= stopped.bound <= 5.5
 
 
-def test_the_knapsack_comes_here_before_milp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_knapsack_comes_here_before_milp(
+    by_milp: Callable[..., Allocation], monkeypatch: pytest.MonkeyPatch
+) -> None:
     menu, budget = group_menu(3, blocks=6, sizes=5, largest=60), Budget(300)
-    exact = Knapsack(max_options=10_000).allocate(menu, budget)
+    exact = by_milp(menu, budget)
     monkeypatch.setattr(_groups, "_MAX_SETS", 3)
     packed: list[int] = []
-    pack = _milp.pack
-    monkeypatch.setattr(_milp, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
+    pack = Programme.solve
+    monkeypatch.setattr(Programme, "solve", lambda *a, **k: packed.append(1) or pack(*a, **k))
     plan = Knapsack().allocate(menu, budget)
     assert not packed
     assert plan.gain == pytest.approx(exact.gain, rel=1e-9)
@@ -199,7 +203,7 @@ def vit_b_menu(seed: int) -> Menu:
     return Menu(tuple(options))
 
 
-def test_the_menu_of_a_vit_b_with_groups_is_solved_to_optimality() -> None:
+def test_the_menu_of_a_vit_b_with_groups_is_solved_to_optimality(by_milp: Callable[..., Allocation]) -> None:
     budget = Budget(85_798)
     used = set()
     for seed in range(4):
@@ -211,7 +215,7 @@ def test_the_menu_of_a_vit_b_with_groups_is_solved_to_optimality() -> None:
         assert plan.provenance.bound == plan.gain
         used |= {o.method for o in plan}
     assert {"fact", "diffit", "core", "lora"} <= used
-    theirs = Knapsack(max_options=1000, gap=1e-6).allocate(vit_b_menu(0), budget)
+    theirs = by_milp(vit_b_menu(0), budget, gap=1e-6)
     mine = Knapsack().allocate(vit_b_menu(0), budget)
     assert theirs.gain <= mine.gain * (1 + 1e-9)
     assert mine.gain <= theirs.provenance.bound * (1 + 1e-9)  # type: ignore[operator]  # milp always gives a bound

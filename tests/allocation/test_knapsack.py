@@ -11,8 +11,10 @@ from itertools import islice, product
 import numpy as np
 import pytest
 
-from autopeft.allocation import _forest, _groups, _mckp, _milp
+from autopeft.allocation import _exact, _forest, _groups, _mckp
+from autopeft.allocation._milp import Programme
 from autopeft.allocation.knapsack import Knapsack
+from autopeft.core.allocation import Allocation
 from autopeft.core.budget import Budget, Cost
 from autopeft.core.contracts import Allocator
 from autopeft.core.menu import Menu, Option
@@ -40,8 +42,12 @@ class TestLaws(AllocatorLaws):
 class TestLawsByMilp(AllocatorLaws):
     exact = True
 
+    @pytest.fixture(autouse=True)
+    def without_dynamic_programming(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_exact, "_dynamic", lambda *args: None)
+
     def make(self) -> Allocator:
-        return Knapsack(max_options=1000)
+        return Knapsack()
 
     def menus(self) -> Iterator[tuple[Menu, Budget]]:
         yield from islice(super().menus(), 1, 64, 5)
@@ -96,7 +102,7 @@ def test_equals_brute_force_on_300_menus() -> None:
 def test_milp_equals_brute_force_too() -> None:
     for seed in range(0, 60):
         menu, budget = random_menu(seed), Budget(14)
-        plan = outcome(Knapsack(max_options=1000), menu, budget)
+        plan = outcome(Knapsack(), menu, budget)
         assert plan.gain == pytest.approx(best_by_enumeration(menu, budget), rel=1e-9, abs=1e-9)
 
 
@@ -120,16 +126,16 @@ def test_equals_the_plain_table_on_larger_menus(correlated: bool) -> None:
         assert plan.provenance.bound == plan.gain
 
 
-def test_equals_milp_on_interlocked_menus() -> None:
+def test_equals_milp_on_interlocked_menus(by_milp: Callable[..., Allocation]) -> None:
     for seed in range(5):
         menu = random_menu(seed, sites=30, sizes=4, integers=False, largest_cost=40)
         assert len(menu) > 60
         mine = Knapsack().allocate(menu, Budget(300))
-        theirs = Knapsack(max_options=10_000).allocate(menu, Budget(300))
+        theirs = by_milp(menu, Budget(300))
         assert mine.gain == pytest.approx(theirs.gain, rel=1e-9)
 
 
-def test_an_interlocked_projection_equals_milp() -> None:
+def test_an_interlocked_projection_equals_milp(by_milp: Callable[..., Allocation]) -> None:
     """qkv whole or by slices, with weights, biases and something that takes both: one component per block."""
     rng = np.random.default_rng(0)
     options = []
@@ -146,7 +152,7 @@ def test_an_interlocked_projection_equals_milp() -> None:
     menu = Menu(tuple(options))
     for limit in (3, 40, 150):
         mine = Knapsack().allocate(menu, Budget(limit))
-        theirs = Knapsack(max_options=1000).allocate(menu, Budget(limit))
+        theirs = by_milp(menu, Budget(limit))
         assert mine.gain == pytest.approx(theirs.gain, rel=1e-9)
 
 
@@ -247,8 +253,8 @@ def test_a_component_too_large_to_enumerate_goes_to_milp(monkeypatch: pytest.Mon
     monkeypatch.setattr(_groups, "_MAX_SETS", 3)
     monkeypatch.setattr(_forest, "_MAX_NODES", 3)
     called = []
-    pack = _milp.pack
-    monkeypatch.setattr(_milp, "pack", lambda *a, **k: called.append(1) or pack(*a, **k))
+    pack = Programme.solve
+    monkeypatch.setattr(Programme, "solve", lambda *a, **k: called.append(1) or pack(*a, **k))
     found = Knapsack().allocate(menu, Budget(40))
     assert called
     assert found.gain == pytest.approx(expected.gain, rel=1e-9)
@@ -298,13 +304,13 @@ def test_side_constraints_equal_enumeration() -> None:
         assert plan.provenance.bound == pytest.approx(best, abs=1e-9)
 
 
-def test_milp_price_is_the_relaxations() -> None:
+def test_milp_price_is_the_relaxations(by_milp: Callable[..., Allocation]) -> None:
     menu = Menu((option("a", 2, 6.0), option("a", 4, 8.0, 2), option("b", 2, 4.0)))
-    assert Knapsack(max_options=9).allocate(menu, Budget(5)).provenance.price == pytest.approx(1.0)
+    assert by_milp(menu, Budget(5)).provenance.price == pytest.approx(1.0)
 
 
 def test_requirements_that_do_not_fit() -> None:
-    with pytest.raises(InfeasibleBudget, match="required sites s0, s1") as caught:
+    with pytest.raises(InfeasibleBudget, match="an option at s0; an option at s1: the cheapest one costs 4") as caught:
         Knapsack(require=("s0", "s1")).allocate(constrained_menu(), Budget(3))
     assert caught.value.cheapest == 4
     with pytest.raises(UsageError, match="'nowhere'"):
@@ -346,12 +352,14 @@ def test_the_plan_names_its_settings() -> None:
 def test_nothing_native_reaches_standard_output() -> None:
     code = (
         "import os, ctypes\n"
+        "from autopeft.allocation import _exact\n"
         "from autopeft.allocation._milp import quiet_stdout\n"
         "from autopeft.allocation.knapsack import Knapsack\n"
         "from autopeft.core.budget import Budget\n"
         "from autopeft.testing.oracles import random_menu\n"
         "print('before')\n"
-        "Knapsack(max_options=9).allocate(random_menu(1), Budget(20))\n"
+        "_exact._dynamic = lambda *args: None\n"
+        "Knapsack().allocate(random_menu(1), Budget(20))\n"
         "with quiet_stdout():\n"
         "    os.write(1, b'noise')\n"
         "    ctypes.CDLL(None).puts(b'buffered noise')\n"
@@ -433,9 +441,9 @@ def test_the_mixed_vit_b_menu_is_solved_to_optimality() -> None:
         assert cpu_seconds(lambda menu=menu: Knapsack().allocate(menu, budget)) < 1.0
 
 
-def test_the_mixed_vit_b_menu_agrees_with_milp() -> None:
+def test_the_mixed_vit_b_menu_agrees_with_milp(by_milp: Callable[..., Allocation]) -> None:
     menu, budget = vit_b_menu(0), Budget(85_798)
     exact = Knapsack().allocate(menu, budget)
-    theirs = Knapsack(max_options=1000).allocate(menu, budget)
+    theirs = by_milp(menu, budget)
     assert exact.gain == pytest.approx(theirs.gain, rel=1e-9)
     assert theirs.provenance.price == pytest.approx(exact.provenance.price, rel=1e-6)
