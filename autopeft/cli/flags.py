@@ -27,6 +27,13 @@ def study_flags(
     methods: str | None = None,
     scorer: str | None = None,
     allocator: str | None = None,
+    require: Sequence[str] | None = None,
+    forbid: Sequence[str] | None = None,
+    tie: Sequence[str] | None = None,
+    max_options: int | None = None,
+    max_methods: int | None = None,
+    max_size: Sequence[str] | None = None,
+    every_block: bool | None = None,
     backend: str | None = None,
     batch_size: int | None = None,
     epochs: int | None = None,
@@ -49,6 +56,13 @@ def study_flags(
         "methods": _names(methods),
         "scorer": scorer,
         "allocator": allocator,
+        "allocator.require": list(require) if require else None,
+        "allocator.forbid": list(forbid) if forbid else None,
+        "allocator.tie": list(tie) if tie else None,
+        "allocator.max_options": max_options,
+        "allocator.max_methods": max_methods,
+        "allocator.max_size": dict(_pair(text, "--max-size", "METHOD=SIZE") for text in max_size) if max_size else None,
+        "allocator.every_block": every_block,
         "backend": backend,
         "data.batch_size": batch_size,
         "train.epochs": epochs,
@@ -61,7 +75,7 @@ def study_flags(
     }
     given = {path: value for path, value in paths.items() if value is not None}
     if model_kwargs:
-        given["model.kwargs"] = dict(_pair(text) for text in model_kwargs)
+        given["model.kwargs"] = dict(_pair(text, "--model-kwargs", "KEY=VALUE") for text in model_kwargs)
     return given
 
 
@@ -86,10 +100,10 @@ def _names(text: str | None) -> list[str] | None:
     return names
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def _pair(text: str, flag: str, form: str) -> tuple[str, Any]:
     import yaml
 
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise UsageError(f"--model-kwargs takes KEY=VALUE, got {text!r}")
+        raise UsageError(f"{flag} takes {form}, got {text!r}")
     return key, yaml.safe_load(value)

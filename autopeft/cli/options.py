@@ -17,8 +17,13 @@ __all__ = [
     "Device",
     "DryRun",
     "Epochs",
+    "EveryBlock",
+    "Forbid",
     "ImgSize",
     "Json",
+    "MaxMethods",
+    "MaxOptions",
+    "MaxSize",
     "Methods",
     "Model",
     "ModelKwargs",
@@ -27,9 +32,11 @@ __all__ = [
     "Pretrained",
     "PretrainedPath",
     "Quiet",
+    "Require",
     "Scorer",
     "Seed",
     "Task",
+    "Tie",
 ]
 
 Model = Annotated[
@@ -70,6 +77,20 @@ Methods = Annotated[
 ]
 Scorer = Annotated[str | None, typer.Option(help="how sensitivity is measured", show_default="fisher")]
 Allocator = Annotated[str | None, typer.Option(help="how the budget is spent", show_default="knapsack")]
+_SELECTOR = "a name, a glob (blocks.11.*), role:ROLE (role:attn.*, role:mlp)"
+Require = Annotated[
+    list[str] | None, typer.Option(help=f"buy something at these sites: {_SELECTOR} or method:KEY; repeatable")
+]
+Forbid = Annotated[
+    list[str] | None, typer.Option(help=f"buy nothing at these sites: {_SELECTOR} or method:KEY; repeatable")
+]
+Tie = Annotated[
+    list[str] | None, typer.Option(help=f"one size for these sites: {_SELECTOR}, or role for each role; repeatable")
+]
+MaxOptions = Annotated[int | None, typer.Option(help="largest number of options")]
+MaxMethods = Annotated[int | None, typer.Option(help="largest number of different methods")]
+MaxSize = Annotated[list[str] | None, typer.Option(help="METHOD=SIZE: largest size of a method; repeatable")]
+EveryBlock = Annotated[bool | None, typer.Option("--every-block", help="at least one option in every block")]
 Backend = Annotated[str | None, typer.Option(help="how adapters are inserted", show_default="native")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", help="samples per batch")]
 Epochs = Annotated[int | None, typer.Option(help="epochs of a full training")]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from autopeft.cli import options as o
 from autopeft.cli.flags import read_study, study_flags
 from autopeft.cli.progress import Talk
-
-if TYPE_CHECKING:
-    from autopeft.core.allocation import Allocation
 
 __all__ = ["plan"]
 
@@ -31,6 +28,13 @@ def plan(
     methods: o.Methods = None,
     scorer: o.Scorer = None,
     allocator: o.Allocator = None,
+    require: o.Require = None,
+    forbid: o.Forbid = None,
+    tie: o.Tie = None,
+    max_options: o.MaxOptions = None,
+    max_methods: o.MaxMethods = None,
+    max_size: o.MaxSize = None,
+    every_block: o.EveryBlock = None,
     backend: o.Backend = None,
     batch_size: o.BatchSize = None,
     from_spt: Annotated[
@@ -47,6 +51,7 @@ def plan(
     """Score the model on the data, spend the budget, write plan.json and print where it goes."""
     from autopeft.pipeline.planfile import plan_to_json, write_plan
     from autopeft.pipeline.planning import plan_from_spt, plan_study
+    from autopeft.report.packing import packing_lines
     from autopeft.report.rows import allocation_rows
     from autopeft.report.tables import allocation_table, spending_tables
 
@@ -62,6 +67,13 @@ def plan(
         methods=methods,
         scorer=scorer,
         allocator=allocator,
+        require=require,
+        forbid=forbid,
+        tie=tie,
+        max_options=max_options,
+        max_methods=max_methods,
+        max_size=max_size,
+        every_block=every_block,
         backend=backend,
         batch_size=batch_size,
         seed=seed,
@@ -78,8 +90,8 @@ def plan(
         return
     spent, limit = made.allocation.spent, made.allocation.budget.limit
     print(f"{spent:,} of {limit:,} {made.allocation.budget.unit} ({spent / max(limit, 1):.1%}), head not counted")
-    if proof := _proof(made.allocation):
-        print(proof)
+    for line in packing_lines(made.packing, limit):
+        print(line)
     print()
     rows = allocation_rows(data_object["options"])
     print(allocation_table(rows).text())
@@ -88,17 +100,3 @@ def plan(
         print(table.text())
     print()
     print("nothing was written" if dry_run else f"wrote {output}; train it with: autopeft train {output}")
-
-
-def _proof(allocation: Allocation) -> str:
-    """How good the solver has proven its plan to be, and what more budget would buy; empty without a proof."""
-    bound, price, gain = allocation.provenance.bound, allocation.provenance.price, allocation.gain
-    if bound is None or bound <= 0:
-        return ""
-    gap = max(0.0, bound - gain) / bound
-    text = "proven optimal" if gap < 1e-12 else f"within {gap:.1e} of the optimum, proven"
-    if price is not None and gain > 0:
-        text += (
-            f"; 1 % more budget would add about {price * 0.01 * allocation.budget.limit / gain:.2%} of predicted gain"
-        )
-    return text

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from autopeft.allocation.gain import build_menu
 from autopeft.allocation.indices import attach_indices
+from autopeft.allocation.knapsack import Knapsack
 from autopeft.allocation.spt import SPT
 from autopeft.core.allocation import Allocation
-from autopeft.core.menu import Menu
+from autopeft.core.menu import Menu, Option
+from autopeft.core.places import places_of
 from autopeft.errors import InfeasibleBudget
 
 if TYPE_CHECKING:
@@ -51,8 +53,27 @@ def make_plan(prepared: Prepared, study: Study | None = None) -> Allocation:
     if isinstance(allocator, SPT) and not allocator.methods:
         # It prices modules and vectors itself, and must not buy a method that this study does not have.
         allocator = dataclasses.replace(allocator, methods=study.methods)
-    allocation = allocator.allocate(menu, prepared.budget, study.seed)
+    try:
+        allocation = allocator.allocate(menu, prepared.budget, study.seed)
+    except InfeasibleBudget:
+        if not isinstance(allocator, Knapsack):
+            raise
+        # The menu leaves out what is dearer than the budget; what would be needed may be among that.
+        raise allocator.refusal(_prices(prepared, study), prepared.budget) from None
     return attach_indices(allocation, study.methods, prepared.scores_for(study), menu.sites)
+
+
+def _prices(prepared: Prepared, study: Study) -> Menu:
+    """Every option whatever it costs, without a predicted gain."""
+    sites = {site.name: site for site in prepared.catalog.offered(study.fused)}
+    options = [
+        Option(site.name, key, size, method.cost(site, size), 0.0, places)
+        for site in sites.values()
+        for key, method in study.methods.items()
+        if (places := places_of(prepared.catalog, method, site)) and (method.mergeable(site) or not study.mergeable)
+        for size in method.sizes(site)
+    ]
+    return Menu(tuple(options), sites)
 
 
 def _too_small(prepared: Prepared, study: Study) -> InfeasibleBudget:

@@ -42,6 +42,7 @@ class Plan:
         weights_hash: hash of the base weights.
         data_hash: hash of the data and its splits.
         head: state dict entries the head starts from.
+        packing: what is known of how well it is packed; see `autopeft.pipeline.packing`.
     """
 
     allocation: Allocation
@@ -53,6 +54,7 @@ class Plan:
     weights_hash: str = ""
     data_hash: str = ""
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    packing: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -77,7 +79,9 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "scorer": provenance.scorer,
             "bound": provenance.bound,
             "price": provenance.price,
+            "value": provenance.value,
         },
+        "packing": dict(plan.packing),
         "digest": allocation.digest,
         "seed": plan.seed,
         "threads": plan.threads,
@@ -147,6 +151,7 @@ def read_plan(path: Path) -> Plan:
             data["weights_hash"],
             data["data_hash"],
             {name.removeprefix("head/"): t for name, t in tensors.items() if name.startswith("head/")},
+            data.get("packing", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} is not a whole plan: {type(error).__name__}: {error}") from error

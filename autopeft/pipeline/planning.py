@@ -11,6 +11,7 @@ from autopeft.config.decode import study_to_dict
 from autopeft.core.allocation import Allocation
 from autopeft.errors import UsageError
 from autopeft.pipeline.events import Emit, Event, silent
+from autopeft.pipeline.packing import next_best, packing_facts
 from autopeft.pipeline.plan import make_plan
 from autopeft.pipeline.planfile import Plan
 from autopeft.pipeline.prepare import Prepared, prepare
@@ -35,6 +36,7 @@ def as_plan(prepared: Prepared, study: Study, allocation: Allocation, seed: int 
         prepared.loaded.weights_hash,
         prepared.task.data_hash,
         prepared.head,
+        packing_facts(allocation),
     )
 
 
@@ -48,7 +50,8 @@ def plan_study(study: Study, emit: Emit = silent) -> Plan:
     allocation = make_plan(prepared, study)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in prepared.seconds.items())
     emit(Event("result", f"plan: {len(allocation)} options for {allocation.spent:,} ({seconds})"))
-    return as_plan(prepared, study, allocation)
+    rival = next_best(prepared, study, allocation)
+    return dataclasses.replace(as_plan(prepared, study, allocation), packing=packing_facts(allocation, rival))
 
 
 def _spt_allocation(file: SptFile, prepared: Prepared, study: Study) -> Allocation:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from autopeft.core.codec import encode
 from autopeft.core.record import Record
-from autopeft.core.scores import Scores
-from autopeft.core.site import Catalog
+from autopeft.pipeline.packing import packing_of
+from autopeft.pipeline.planfile import read_plan
 from autopeft.report import dashboard
 from autopeft.report.html import render_html
 from autopeft.report.markdown import render_markdown
@@ -19,30 +19,33 @@ from autopeft.store.atomic import read_json, write_json, write_text
 from autopeft.store.paths import RunFolder
 
 if TYPE_CHECKING:
+    from autopeft.pipeline.prepare import Prepared
     from autopeft.search.optuna_study import OptunaSearcher
 
 __all__ = ["publish"]
 
 
-def publish(record: Record, run: RunFolder, searcher: OptunaSearcher, catalog: Catalog, scores: Scores) -> None:
+def publish(record: Record, run: RunFolder, searcher: OptunaSearcher, prepared: Prepared) -> None:
     """Write `record.json`, `report.md`, `report.html`, `leaderboard.csv` and `best.json`, and the dashboard's pages.
 
     A dashboard that cannot be written to never fails a run.
     """
+    catalog = prepared.catalog
     predicted = {
         t.number: sum(o["gain"] for o in read_json(run.root / t.plan)["options"])
         for t in record.trials
         if t.role != "baseline"
     }
     sensitivity: dict[str, float] = {}
-    for place, total in scores.totals.items():
+    for place, total in prepared.scores.totals.items():
         sensitivity[place.site] = sensitivity.get(place.site, 0.0) + total
     best = next(t for t in record.trials if t.number == record.best)
-    options = read_json(run.root / best.plan)["options"]
-    rows = allocation_rows(options, catalog)
+    plan = read_plan(run.root / best.plan)
+    rows = allocation_rows(plan.allocation, catalog)
+    packing = packing_of(prepared, plan)
     write_json(run.record, encode(record))
-    write_text(run.report_md, render_markdown(record, rows, catalog))
-    page = render_html(record, rows, catalog, sensitivity=sensitivity, predicted=predicted)
+    write_text(run.report_md, render_markdown(record, rows, catalog, packing))
+    page = render_html(record, rows, catalog, sensitivity=sensitivity, predicted=predicted, packing=packing)
     write_text(run.report_html, page)
     write_text(run.leaderboard, _leaderboard(record))
     value = best.rewards[0] if best.rewards else None

@@ -284,7 +284,7 @@ def _finish(
     record = with_exports(record, exports, run.root)
     record = dataclasses.replace(record, seconds={**record.seconds, "total": round(time.perf_counter() - started, 3)})
     dataflow(prepared.model, prepared.catalog, _example(prepared), run.root / "graph")
-    publish(record, run, searcher, prepared.catalog, prepared.scores)
+    publish(record, run, searcher, prepared)
     return record
 
 

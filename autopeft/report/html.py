@@ -13,6 +13,7 @@ from autopeft.core.site import Site
 from autopeft.report._text import gain_text, metric_text, number, search_metric, share_text, stage_seconds
 from autopeft.report.figures import figures
 from autopeft.report.loading import loading_notes
+from autopeft.report.packing import packing_lines
 from autopeft.report.rows import AllocationRow, allocation_rows, spending
 from autopeft.report.tables import allocation_table, contender_table, cost_table, trial_table
 from autopeft.report.verdict import Verdict, verdict
@@ -38,6 +39,7 @@ def render_html(
     *,
     sensitivity: Mapping[str, float] | None = None,
     predicted: Mapping[int, float] | None = None,
+    packing: Mapping[str, Any] | None = None,
 ) -> str:
     """The page, some 5 MB of which are plotly.js.
 
@@ -47,6 +49,7 @@ def render_html(
         sites: the catalogue; gives the plan's rows their role and depth.
         sensitivity: site name to score.
         predicted: number of a trial to the gain its plan was predicted to have.
+        packing: how well the winning plan is packed, as `plan.json` says.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -64,6 +67,7 @@ def render_html(
         contenders=contender_table(record),
         allocation=allocation_table(rows),
         groups=_groups(rows),
+        packing=packing_lines(packing or {}, record.budget.get("limit", 0)),
         trials=trial_table(record),
         costs=cost_table(record),
         exports=[

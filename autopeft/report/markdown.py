@@ -9,6 +9,7 @@ from autopeft.core.record import Record
 from autopeft.core.site import Site
 from autopeft.report._text import metric_text, number, search_metric, share_text
 from autopeft.report.loading import loading_notes
+from autopeft.report.packing import packing_lines
 from autopeft.report.rows import AllocationRow, allocation_rows
 from autopeft.report.tables import (
     Table,
@@ -25,7 +26,10 @@ __all__ = ["render_markdown"]
 
 
 def render_markdown(
-    record: Record, plan: Iterable[Mapping[str, Any] | AllocationRow] = (), sites: Iterable[Site] = ()
+    record: Record,
+    plan: Iterable[Mapping[str, Any] | AllocationRow] = (),
+    sites: Iterable[Site] = (),
+    packing: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole report; its first line is the verdict, also when that is "no gain".
 
@@ -33,12 +37,13 @@ def render_markdown(
         record: the run.
         plan: options of the winning plan, as `plan.json` lists them, or its rows.
         sites: the catalogue; gives the plan's rows their role and depth.
+        packing: how well the winning plan is packed, as `plan.json` says.
     """
     rows = allocation_rows(plan, sites)
     parts = [f"**{verdict(record).headline}**", _facts(record, rows)]
     if record.contenders:
         parts += ["## Gain over the baselines", contender_table(record).markdown(), _how_compared(record)]
-    parts += ["## Where the budget went", *_allocation(record, rows)]
+    parts += ["## Where the budget went", *_allocation(record, rows, packing or {})]
     if record.trials:
         parts += ["## Search history", _history(record), trial_table(record).markdown()]
     if record.costs or record.seconds:
@@ -95,10 +100,11 @@ def _how_compared(record: Record) -> str:
     )
 
 
-def _allocation(record: Record, rows: tuple[AllocationRow, ...]) -> list[str]:
+def _allocation(record: Record, rows: tuple[AllocationRow, ...], packing: Mapping[str, Any]) -> list[str]:
     if not rows:
         return ["The plan buys nothing: only the classifier is trained."]
-    parts = []
+    lines = packing_lines(packing, record.budget.get("limit", 0))
+    parts = ["\n".join(f"- {line}" for line in lines)] if lines else []
     for table in spending_tables(rows):
         parts += [f"### {table.title}", _bars(table)]
     return [*parts, "### Site by site", allocation_table(rows).markdown()]

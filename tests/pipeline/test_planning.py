@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -111,3 +112,75 @@ def test_what_cannot_be_merged_is_offered_on_request_alone(small, pictures, tmp_
     assert result.exit_code == 0, result.stderr
     used = {o.method for o in read_plan(path).allocation}
     assert ("adapter" in used) != mergeable
+
+
+def planned(small, pictures, tmp_path, *flags):
+    args = ["plan", *small, "--data", str(pictures), "-o", str(tmp_path / "plan.json"), "--quiet", *flags]
+    return CliRunner().invoke(app, args, catch_exceptions=False)
+
+
+def test_a_plan_says_how_well_it_is_packed(small, pictures, tmp_path):
+    result = planned(small, pictures, tmp_path, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    facts = data["packing"]
+    assert data["schema"] == "autopeft.plan/1"
+    assert facts["gain"] == pytest.approx(sum(o["gain"] for o in data["options"]))
+    assert facts["bound"] >= facts["gain"]
+    assert facts["gap"] == 0.0
+    assert facts["price"] > 0
+    assert facts["unspent"] == data["budget"]["limit"] - data["budget"]["spent"]
+    rival = facts["next_best"]
+    added, removed = (sum(o["gain"] for o in rival[key]) for key in ("added", "removed"))
+    assert rival["proven"]
+    assert rival["removed"]
+    assert rival["gain"] == pytest.approx(facts["gain"] + added - removed)
+    assert rival["loss"] == pytest.approx(1 - rival["gain"] / facts["gain"])
+    assert rival["loss"] >= 0
+    assert read_plan(tmp_path / "plan.json").packing == facts
+    assert "the next best plan gains" in planned(small, pictures, tmp_path).stdout
+
+
+def test_side_constraints_from_the_command_line(small, pictures, tmp_path):
+    flags = [
+        "--require",
+        "blocks.0.mlp.fc1",
+        "--forbid",
+        "role:attn.*",
+        "--forbid",
+        "method:bias",
+        "--max-methods",
+        "2",
+    ]
+    flags += ["--max-size", "lora=1", "--max-options", "4", "--every-block", "--methods", "lora,core,bias,norm"]
+    result = planned(small, pictures, tmp_path, *flags)
+    assert result.exit_code == 0, result.stderr
+    options = read_plan(tmp_path / "plan.json").allocation.options
+    assert any(o.site == "blocks.0.mlp.fc1" for o in options)
+    assert any(o.site.startswith("blocks.1.") for o in options)
+    assert not [o for o in options if ".attn." in o.site or o.method == "bias" or (o.method == "lora" and o.size > 1)]
+    assert len(options) <= 4
+    assert len({o.method for o in options}) <= 2
+
+
+def test_ties_from_the_command_line(small, pictures, tmp_path):
+    result = planned(small, pictures, tmp_path, "--tie", "role", "--methods", "core,bias")
+    assert result.exit_code == 0, result.stderr
+    bought = {}
+    for o in read_plan(tmp_path / "plan.json").allocation:
+        bought.setdefault((o.site.split(".")[-1], o.method), []).append(o.size)
+    in_blocks = {key: sizes for key, sizes in bought.items() if key[0] in ("qkv", "fc1", "fc2")}
+    assert in_blocks, bought
+    assert all(len(sizes) == 2 and len(set(sizes)) == 1 for sizes in in_blocks.values()), bought
+
+
+def test_constraints_that_cost_too_much(small, pictures, tmp_path):
+    flags = ["--methods", "core", "--require", "role:mlp.*", "--budget", "3"]
+    result = planned(small, pictures, tmp_path, *flags)
+    assert result.exit_code == 3
+    assert "the cheapest one costs 4 (core of size 1 at blocks.0.mlp.fc1" in " ".join(result.stderr.split())
+    # No LoRA is cheap enough to be on the menu: what it would cost is told from the prices without a budget.
+    flags = ["--methods", "lora,core", "--require", "method:lora", "--budget", "20", "--forbid", "patch_embed*"]
+    result = planned(small, pictures, tmp_path, *flags)
+    assert result.exit_code == 3
+    assert "the cheapest one costs 32 (lora of size 1 at blocks." in " ".join(result.stderr.split())

@@ -1,0 +1,88 @@
+"""What is known of how well a plan is packed: proof, price, what is left over, and the next best plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from autopeft.allocation.knapsack import Knapsack
+from autopeft.config.decode import study_from_dict
+from autopeft.core.allocation import Allocation
+from autopeft.core.menu import Option
+from autopeft.errors import UsageError
+from autopeft.pipeline.plan import make_menu
+
+if TYPE_CHECKING:
+    from autopeft.config.study import Study
+    from autopeft.pipeline.planfile import Plan
+    from autopeft.pipeline.prepare import Prepared
+
+__all__ = ["next_best", "packing_facts", "packing_of"]
+
+
+def packing_facts(plan: Allocation, rival: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Plain data for `plan.json`.
+
+    Args:
+        plan: the plan.
+        rival: what `next_best` found, None when it was not asked or there is none.
+
+    Returns:
+        `gain`, `value` (what was maximised where that is something else), `bound` (no plan is worth more), `gap`
+        (relative distance to it), `price` (gain per further unit of budget), `unspent` (units of budget) and
+        `next_best`.
+    """
+    proof = plan.provenance
+    return {
+        "gain": plan.gain,
+        "value": proof.value,
+        "bound": proof.bound,
+        "gap": plan.gap,
+        "price": proof.price,
+        "unspent": plan.budget.limit - plan.spent,
+        "next_best": rival,
+    }
+
+
+def next_best(prepared: Prepared, study: Study, plan: Allocation) -> dict[str, Any] | None:
+    """The best plan within the study's constraints that is not this one, as plain data.
+
+    Returns:
+        `gain`, `spent`, `loss` (of predicted gain, relative to the plan's), `removed` and `added` (options that the two
+        plans do not share) and `proven`; None when there is no other plan, when the allocator ranks none, or when the
+        plan is not what it made.
+    """
+    allocator = study.allocator
+    if not isinstance(allocator, Knapsack) or not len(plan):
+        return None
+    try:
+        rival = allocator.next_best(make_menu(prepared, study), prepared.budget, plan)
+    except UsageError:
+        return None
+    if rival is None:
+        return None
+    mine, its = {_ident(o) for o in plan}, {_ident(o) for o in rival}
+    reached, other = (p.gain if p.provenance.value is None else p.provenance.value for p in (plan, rival))
+    return {
+        "gain": rival.gain,
+        "spent": rival.spent,
+        "loss": (reached - other) / abs(reached) if reached else 0.0,
+        "removed": _rows(o for o in plan if _ident(o) not in its),
+        "added": _rows(o for o in rival if _ident(o) not in mine),
+        "proven": rival.gap is not None and rival.gap < 1e-9,
+    }
+
+
+def packing_of(prepared: Prepared, plan: Plan) -> dict[str, Any]:
+    """`packing_facts` of a plan that was read back, with the next best plan within its own study."""
+    return packing_facts(plan.allocation, next_best(prepared, study_from_dict(plan.study), plan.allocation))
+
+
+def _ident(option: Option) -> tuple[str, str, int]:
+    return option.site, option.method, option.size
+
+
+def _rows(options: Iterable[Option]) -> list[dict[str, Any]]:
+    return [
+        {"site": o.site, "method": o.method, "size": o.size, "cost": o.cost.trainable, "gain": o.gain} for o in options
+    ]
