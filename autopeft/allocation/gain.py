@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autopeft.allocation._cross import cross_valued
 from autopeft.allocation._roles import ROLE_GROUPS, role_group
+from autopeft.allocation.hull import on_hull
+from autopeft.allocation.tangent import tangent_gains
 from autopeft.core.menu import Menu, Option
 from autopeft.core.places import places_of
 from autopeft.errors import UsageError
@@ -53,6 +56,9 @@ class GainPolicy:
         depth_tilt: positive values favour the last blocks.
         depth_curvature: positive values favour both ends over the middle.
         calibration: multiplier per family of methods, 1 where none is given; measured, and no knob of the search.
+        tangent: keys of methods whose energies come from their own parametrisation (`tangent_gains`) in place of their
+            formula, where they can; slower.
+        hull: whether to offer the options on the concave hull of each place's gains alone (`on_hull`).
 
     Raises:
         UsageError: for a value outside of its range, or an unknown group.
@@ -64,6 +70,8 @@ class GainPolicy:
     depth_tilt: float = 0.0
     depth_curvature: float = 0.0
     calibration: Mapping[str, float] = field(default_factory=lambda: dict(CALIBRATION))
+    tangent: tuple[str, ...] = ()
+    hull: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.exponent <= 1:
@@ -126,10 +134,13 @@ def energies(
     fused: Fused = "whole",
     budget: Budget,
     mergeable: bool = False,
+    tangent: Collection[str] = (),
 ) -> Energies:
     """Every size of every method at every site that the budget could pay for alone, with its uncorrected gain.
 
-    Sites where a method has no slots, and sites that the scorer kept no evidence for, are not offered.
+    Sites where a method has no slots, and sites that the scorer kept no evidence for, are not offered. Where the scorer
+    kept halves, the entries that a method of that family would choose on the first are valued on the second: valued on
+    the samples they were chosen by, they would look better than they are.
 
     Args:
         catalog: the model's sites.
@@ -138,11 +149,12 @@ def energies(
         fused: whether fused projections are offered whole, as slices, or both.
         budget: sizes that cost more than its limit are left out.
         mergeable: whether to leave out what cannot be merged into the model's own tensors.
+        tangent: keys of methods that are valued by `tangent_gains`.
 
     Raises:
         UsageError: when a method predicts a gain that is not finite.
     """
-    return _measure(catalog, methods, scores, fused, budget, mergeable)
+    return _measure(catalog, methods, scores, fused, budget, mergeable, tangent)
 
 
 def build_menu(
@@ -169,7 +181,9 @@ def build_menu(
     Raises:
         UsageError: when a method predicts a gain that is not finite.
     """
-    known = energies if energies is not None else _measure(catalog, methods, scores, fused, budget, False)
+    known = (
+        energies if energies is not None else _measure(catalog, methods, scores, fused, budget, False, policy.tangent)
+    )
     scale = {
         key: policy.methods.get(key, 1.0) * policy.calibration.get(method.family, 1.0)
         for key, method in methods.items()
@@ -183,7 +197,7 @@ def build_menu(
         for o, gain, offered in zip(known.options, gains.tolist(), (factor > 0).tolist(), strict=True)
         if offered
     )
-    return Menu(options, known.sites, known.scores)
+    return Menu(on_hull(options, budget) if policy.hull else options, known.sites, known.scores)
 
 
 def _measure(
@@ -193,6 +207,7 @@ def _measure(
     fused: Fused,
     budget: Budget,
     mergeable: bool,
+    tangent: Collection[str],
 ) -> Energies:
     sites = {site.name: site for site in catalog.offered(fused)}
     known = {name: evidence for name, site in sites.items() if (evidence := scores.about(site)) is not None}
@@ -201,7 +216,9 @@ def _measure(
         for name, evidence in known.items()
         for key, method in methods.items()
         if not mergeable or method.mergeable(sites[name])
-        for option in _options(catalog, sites[name], key, method, evidence, scores.origin.scorer, budget)
+        for option in _options(
+            catalog, sites[name], key, method, evidence, scores.origin.scorer, budget, key in tangent
+        )
     ]
     options.sort(key=lambda o: o.order)
     best: dict[str, float] = {}
@@ -222,7 +239,14 @@ def _measure(
 
 
 def _options(
-    catalog: Catalog, site: Site, key: str, method: Method, evidence: Evidence, scorer: str, budget: Budget
+    catalog: Catalog,
+    site: Site,
+    key: str,
+    method: Method,
+    evidence: Evidence,
+    scorer: str,
+    budget: Budget,
+    tangent: bool,
 ) -> list[Option]:
     places = places_of(catalog, method, site)
     if not places:
@@ -231,8 +255,13 @@ def _options(
     priced = [(size, cost) for size, cost in priced if cost.of(budget.unit) <= budget.limit]
     if not priced:
         return []
+    sizes = [size for size, _ in priced]
+    if method.family == "entries":
+        evidence = cross_valued(evidence)
     try:
-        gains = method.gains(site, evidence, [size for size, _ in priced])
+        gains = (tangent_gains(method, site, evidence, sizes) if tangent else None) or method.gains(
+            site, evidence, sizes
+        )
     except UsageError:
         # The scorer kept nothing for a slot that this method changes: it cannot be compared, so it is not offered.
         return []

@@ -113,7 +113,8 @@ class Prepared:
     def energies(self, study: Study, budget: Budget | None = None) -> Energies:
         """Uncorrected gains of every option, computed once per set of methods."""
         budget = budget or self.budget
-        key = (repr(sorted(study.methods.items())), study.fused, budget.unit, str(budget.limit), str(study.mergeable))
+        settings = (study.fused, budget.unit, str(budget.limit), str(study.mergeable), *study.gain.tangent)
+        key = (repr(sorted(study.methods.items())), *settings)
         if key not in self._energies:
             scores, start = self.scores_for(study), time.perf_counter()
             with thread_count(self.threads):
@@ -124,6 +125,7 @@ class Prepared:
                     fused=study.fused,
                     budget=budget,
                     mergeable=study.mergeable,
+                    tangent=study.gain.tangent,
                 )
             self.seconds["gains"] = self.seconds.get("gains", 0.0) + time.perf_counter() - start
         return self._energies[key]

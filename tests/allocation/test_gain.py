@@ -1,18 +1,27 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from autopeft.allocation._roles import role_group
 from autopeft.allocation.gain import CALIBRATION, GainPolicy, build_menu, energies
+from autopeft.allocation.knapsack import Knapsack
 from autopeft.core.budget import Budget, Cost
-from autopeft.core.contracts import Method
-from autopeft.core.scores import Evidence, ScoreOrigin, Scores
+from autopeft.core.contracts import Method, Scorer
+from autopeft.core.scores import Evidence, ScoreOrigin, Scores, TensorEvidence
 from autopeft.core.site import Catalog, Place, Site
 from autopeft.errors import UsageError
+from autopeft.methods.core import Core
+from autopeft.methods.sparse import Sparse
+from autopeft.scoring.calibrated import Calibrated
+from autopeft.scoring.gradient import Gradient
 
 
 @dataclass(frozen=True)
@@ -200,3 +209,113 @@ def test_settings_out_of_range(settings: dict[str, object], named: str) -> None:
 )
 def test_role_groups(role: str, kind: str, group: str) -> None:
     assert role_group(Site("s", "s", kind, (4, 4), True, 0, role, ())) == group  # type: ignore[arg-type]
+
+
+def test_entries_are_chosen_on_one_half_and_valued_on_the_other() -> None:
+    """Halves (3, 1, 0) and (1, 2, 2), signal of energy 9: the first half chooses 3, then 1; the second says 1, then 5.
+
+    The second half has energy 9 as well, so nothing is scaled. In sample, the best entry would be worth 4.
+    """
+    place = Site("a", "a", "linear", (1, 3), False, 0, "mlp.fc1", ("weight",))
+    signal = torch.tensor([[2.0, 2.0, 1.0]])
+    halves = torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 2.0]])
+    known = TensorEvidence(signal, signal, signal.square(), *halves)
+    scores = Scores(SCORES.origin, {}, {"a": Evidence(place, {"weight": known})})
+    catalog = Catalog((place,), ("head",), 3, 1, 1)
+    chosen = {"sparse": Sparse(), "core": Core()}
+    found = energies(catalog, chosen, scores, budget=BUDGET)
+    values = {(o.method, o.size): o.gain for o in found.options}
+    assert values["sparse", 1] == pytest.approx(1)
+    assert values["sparse", 2] == pytest.approx(5)
+    # Other families read the signal: W has one singular pair.
+    assert values["core", 1] == pytest.approx(9)
+    weaker = dataclasses.replace(known, half_c=halves[1] / 3)
+    scores = Scores(SCORES.origin, {}, {"a": Evidence(place, {"weight": weaker})})
+    again = energies(catalog, chosen, scores, budget=BUDGET)
+    assert {(o.method, o.size): o.gain for o in again.options}["sparse", 1] == pytest.approx(1)
+
+
+def test_the_hull_alone() -> None:
+    whole = gains(GainPolicy(exponent=1.0, calibration={}))
+    hull = gains(GainPolicy(exponent=1.0, calibration={}, hull=True))
+    # Of 0.4 for 10 and 0.9 for 20 the first lies below the line; what loses goes as well.
+    assert set(whole) - set(hull) == {("a", "x", 1), ("c", "x", 1)}
+
+
+def test_methods_may_be_valued_by_their_tangent(
+    vit: Catalog, methods: Mapping[str, Method], scores_of: Callable[..., Scores]
+) -> None:
+    """Core's own formula is its tangent's; LoRA's is the best of its rank, which its random start does not reach."""
+    scores, budget = scores_of(vit.sites), Budget(150)
+    chosen: dict[str, Method] = {"core": Core(), "lora": methods["lora"]}
+    plain = energies(vit, chosen, scores, budget=budget)
+    tangent = energies(vit, chosen, scores, budget=budget, tangent=("core", "lora"))
+    for one, two in zip(plain.options, tangent.options, strict=True):
+        assert (one.site, one.method, one.size) == (two.site, two.method, two.size)
+        if one.method == "core":
+            assert two.gain == pytest.approx(one.gain, rel=1e-4)
+    assert any(two.gain != one.gain for one, two in zip(plain.options, tangent.options, strict=True))
+    menu = build_menu(vit, chosen, scores, GainPolicy(tangent=("lora",)), budget=budget)
+    assert len(menu) == len(plain.options)
+
+
+class Quadratic:
+    """Losses of two biases b, 4 entries each: `g^T b + F |b|^2 / 2` with g = 10 + noise, F = 200 and g = 4, F = 16.
+
+    The noise is +-10, so that the mean square of a sample's gradient is F in both.
+    """
+
+    classes, data_hash, sizes = ("a",), "quadratic", {"inner": 64, "outer": 0, "test": 0}
+
+    def batches(self, split: str, seed: int | None = None, batch_size: int | None = None) -> Iterator[Tensor]:
+        signs = torch.ones(64, dtype=torch.float64)
+        signs[torch.randperm(64, generator=torch.Generator().manual_seed(1))[:32]] = -1
+        yield from signs.split(batch_size or 64)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        steep, flat = (part.bias for part in model.children())
+        slope = (10 + 10 * batch.mean()) * steep.sum() + 4 * flat.sum()
+        return slope + 100 * steep.square().sum() + 8 * flat.square().sum()
+
+
+def test_gains_of_finite_steps_are_true_and_spread() -> None:
+    """To first order an entry of the steep bias is worth 100 and one of the flat bias 16: all goes to the steep one.
+
+    Its minimum is near: it takes off g^2 / 2F = 1/4 an entry, the flat one 1/2. Predicted from finite steps, the plan
+    buys the flat one, and its gain is the decrease of the loss when the bought entries are trained to the minimum.
+    """
+    model = nn.ModuleList([nn.Linear(1, 4), nn.Linear(1, 4)]).double()
+    for part in model:
+        nn.init.zeros_(part.bias)
+    sites = tuple(Site(str(i), str(i), "linear", (4, 1), True, i, "mlp.fc1", ("bias",)) for i in range(2))
+    catalog, task, budget = Catalog(sites, (), 16, 0, 2), Quadratic(), Budget(4)
+
+    def planned(scorer: Scorer) -> tuple[set[str], float, float]:
+        scores = scorer.score(model, catalog, task)  # type: ignore[arg-type]  # what scoring asks of a task
+        known = energies(catalog, {"sparse": Sparse("bias")}, scores, budget=budget)
+        policy = GainPolicy(1.0, calibration={})
+        menu = build_menu(catalog, {"sparse": Sparse("bias")}, scores, policy, budget=budget, energies=known)
+        plan = Knapsack().allocate(menu, budget)
+        (batch,) = task.batches("inner")
+        trained = copy.deepcopy(model)
+        for o in plan:
+            g, f = ((10, 200), (4, 16))[int(o.site)]
+            with torch.no_grad():
+                trained.get_submodule(o.site).bias[: o.size] = -g / f
+        with torch.no_grad():
+            drop = float(task.loss(model, batch) - task.loss(trained, batch))
+        return {o.site for o in plan}, plan.gain * known.total, drop
+
+    first, _, poor = planned(Gradient(batch_size=1))
+    finite, predicted, drop = planned(
+        Calibrated(Gradient(batch_size=1), damping=1e-9, reach=1e9, folds=0, preconditioner="diagonal")
+    )
+    assert (first, finite) == ({"0"}, {"1"})
+    assert (poor, drop) == pytest.approx((1.0, 2.0))
+    assert predicted == pytest.approx(drop, rel=0.05)
+    # Steps that end earlier are worth less, and the steep place is then the better one: 10 t - 100 t^2 against 4 t.
+    early, short, _ = planned(
+        Calibrated(Gradient(batch_size=1), damping=1e-9, reach=0.01, folds=0, preconditioner="diagonal")
+    )
+    assert early == {"0"}
+    assert short == pytest.approx(4 * (10 * 0.01 - 100 * 0.01**2), rel=0.1)
