@@ -19,7 +19,7 @@ from autopeft.models.spec import ModelSpec
         ("resnet18.a1_in2k", UnknownModel, ["no weights 'a1_in2k' for resnet18", "resnet18.a1_in1k"]),
         ("google/vit", UnknownModel, ["'local-dir:google/vit'", "'hf-hub:google/vit'", "'vit'", "does not exist here"]),
         ("transformers:google/vit", UsageError, ["'transformers' are not supported yet", "a timm name", "hf-hub:"]),
-        ("diffusers:a/b#unet", UsageError, ["'diffusers' are not supported yet"]),
+        ("diffusers:no/such/folder#unet", UnknownModel, ["names no folder that exists here", "OWNER/NAME"]),
         ("tf:resnet", UnknownModel, ["unknown kind of model 'tf'", "py:package.module:function"]),
         ("bundled:vit_huge", UnknownModel, ["no model called 'vit_huge'", "it holds vit_tiny_fashion"]),
         ("local-dir:no/such/folder", UnknownModel, ["no folder 'no/such/folder'"]),
