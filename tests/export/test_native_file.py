@@ -26,6 +26,7 @@ from autopeft.errors import CorruptFile, StoreError, UsageError
 from autopeft.export.native_file import full_names, is_native, load_native, write_native
 from autopeft.methods.bit_adaptformer import BitAdaptFormer
 from autopeft.methods.bit_lora import BitLoRA
+from autopeft.methods.core import Core
 from autopeft.models.scan import scan
 from autopeft.testing._method_cases import cases_of, ground_of, images
 from autopeft.training.checkpoint import save_adapter
@@ -35,6 +36,8 @@ CODED: Mapping[str, Method] = {
     "bit_lora_2": BitLoRA(bits=2),
     "bit_lora_5": BitLoRA(bits=5),
     "bit_adaptformer_4": BitAdaptFormer(bits=4),
+    "core_gradient": Core("gradient"),
+    "core_rectangle": Core(shape="rectangle"),
 }
 
 
