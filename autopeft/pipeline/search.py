@@ -312,7 +312,7 @@ def _costs(runner: Runner, winner: Finalist) -> dict[str, float]:
     runner.prepared.scores_for(winner.study)  # An earlier process may have measured its bases.
     return {
         "scoring": float(runner.prepared.scores.origin.n_samples),
-        "bases": float(runner.prepared.basis_samples),
+        **({"bases": float(seen)} if (seen := runner.prepared.basis_samples) else {}),
         "search": float(runner.ledger.sample_epochs("outer")),
         "finish": float(runner.ledger.sample_epochs(_SEALED)),
         "full_training": train.epochs * train.data_fraction * (sizes["inner"] + sizes["outer"]),
