@@ -6,5 +6,7 @@ BUILTIN = {
     "peft-init": "autopeft.export.peft_init:PeftInitExport",
     "delta": "autopeft.export.delta:DeltaExport",
     "native": "autopeft.export.native:NativeExport",
+    "diffusers": "autopeft.export.diffusers:DiffusersExport",
+    "diffusers-lora": "autopeft.export.diffusers_lora:DiffusersLoRAExport",
     "onnx": "autopeft.export.onnx:OnnxExport",
 }

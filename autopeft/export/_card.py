@@ -10,6 +10,7 @@ import yaml
 from autopeft.core.contracts import Inserted
 from autopeft.core.outcome import Outcome
 from autopeft.core.record import Record
+from autopeft.export._denoiser import not_diffusers
 from autopeft.export._model import pretrained_config
 
 __all__ = ["base_call", "card", "hub_id"]
@@ -30,8 +31,13 @@ def card(
         sections: heading and text of what is special to the format.
         adapter: whether the folder holds a change of a base model and not a whole model.
     """
-    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "image-classification"}
-    front["tags"] = ["autopeft", "timm", "image-classification", *sorted({o.method for o in inserted.allocation})]
+    made, task = (
+        ("timm", "image-classification") if not_diffusers(inserted.model) else ("diffusers", "image-generation")
+    )
+    front: dict[str, Any] = {"library_name": library}
+    if made == "timm":
+        front["pipeline_tag"] = task
+    front["tags"] = ["autopeft", made, task, *sorted({o.method for o in inserted.allocation})]
     if base := hub_id(record):
         front["base_model"] = base
         front["base_model_relation"] = "adapter" if adapter else "finetune"

@@ -16,6 +16,7 @@ from autopeft.core.record import Record
 from autopeft.errors import ExportError, UsageError
 from autopeft.export._base import BaseChoice, base_expression, includes_base, write_base
 from autopeft.export._card import card, hub_id
+from autopeft.export._denoiser import not_diffusers
 from autopeft.export._files import write_tensors
 from autopeft.export._low_rank import Factors, gather_factors, not_low_rank
 from autopeft.export._model import States, adapters_of, classifier_modules, not_timm, states_of, trained_statistics
@@ -28,7 +29,7 @@ _PREFIX = "base_model.model."
 _BASE = "base"
 
 _LOAD = """```python
-import timm
+import {library}
 from peft import PeftModel
 
 base = {base}
@@ -76,6 +77,8 @@ class PeftExport:
             also = [name for name in names if name.endswith(head) and name != head]
             if also:
                 return f"PEFT finds the classifier {head!r} by the end of its name, which {also[0]!r} shares"
+        if not not_diffusers(inserted.model):
+            return "" if self.trained else "an untrained start is written for models of timm alone"
         return not_timm(inserted.model)
 
     def export(self, inserted: Inserted, record: Record, folder: Path) -> tuple[Path, ...]:
@@ -124,6 +127,7 @@ class PeftExport:
         if includes_base(self.base, record):
             paths += write_base(inserted, states, record, folder / _BASE)
         load = _LOAD.format(
+            library="timm" if not_diffusers(inserted.model) else "diffusers",
             base=base_expression(self.base, inserted, record),
             trainable="" if self.trained else ", is_trainable=True",
             mode=".eval()" if self.trained else "",

@@ -24,7 +24,7 @@ from autopeft.export._timm_folder import rebuild
 
 __all__ = ["verify", "verify_all"]
 
-_ON_A_BASE = frozenset({"peft", "peft-init", "delta", "compressed"})
+_ON_A_BASE = frozenset({"peft", "peft-init", "delta", "compressed", "diffusers-lora"})
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -68,9 +68,10 @@ def verify_all(
 
     Args:
         exports: format to folder: `timm`, `transformers` (a timm folder, loaded by transformers), `peft`, `peft-init`,
-            `delta`, `compressed`, `onnx`. Others are left out.
+            `delta`, `compressed`, `diffusers`, `diffusers-lora`, `onnx`. Others are left out.
         images: a few images as the model takes them, float32, (n, channels, height, width).
-        logits: what the model gives for them, (n, classes). For `peft-init` the untrained start is computed instead.
+        logits: what the model gives for them, (n, classes); of a denoiser, what it predicts at timestep 0 with labels
+            and texts of zeros, as `autopeft.models.calling.output_on` has it. For `peft-init` the untrained start is computed instead.
         inserted: the plan the exports were made of.
         record: the record the exports were made with.
         tolerance: largest absolute difference of a logit.

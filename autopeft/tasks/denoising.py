@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,7 @@ class DenoisingTask(LabelledTask):
         texts: encoded captions, the empty one last; None when the model takes none.
         autoencoder: from latents to images, where there is one.
         digest: hash of the samples and the splits.
+        data_config: the preprocessing that the images were read with, for opening other data alike.
         batch_size: samples per batch.
         folder: the run folder.
         token: see `Seal`.
@@ -112,6 +113,7 @@ class DenoisingTask(LabelledTask):
         texts: Tensor | None = None,
         autoencoder: Autoencoder | None = None,
         digest: str = "",
+        data_config: Mapping[str, Any] | None = None,
         batch_size: int = 32,
         folder: Path | None = None,
         token: str | None = None,
@@ -123,6 +125,7 @@ class DenoisingTask(LabelledTask):
         self.schedule = schedule
         self.planted = planted
         self.repeat = repeat
+        self.data_config = data_config
         self._images = images
         self._texts = texts
         self._autoencoder = autoencoder

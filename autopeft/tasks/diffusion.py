@@ -146,6 +146,7 @@ class Diffusion:
             texts=texts,
             autoencoder=vae,
             digest=_digest(splits, found),
+            data_config=data_config,
             batch_size=checked.batch_size,
             folder=folder,
             token=checked.unseal_token,

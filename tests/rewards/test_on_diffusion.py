@@ -1,0 +1,78 @@
+"""Generative rewards on the diffusion task itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autopeft.config.plugin import Plugin
+from autopeft.rewards._copies import amd, extracted
+from autopeft.tasks.denoising import DenoisingTask
+from autopeft.tasks.diffusion import Diffusion
+from autopeft.testing.tiny_denoiser import tiny_denoiser
+
+CONFIG: dict[str, Any] = {
+    "input_size": (1, 8, 8),
+    "interpolation": "bicubic",
+    "mean": (0.5,),
+    "std": (0.5,),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+    "diffusion": {"folder": "nowhere", "scheduler": {"num_train_timesteps": 100}, "latent": 1, "text": False},
+}
+
+
+def opened(data: str = "digits?planted=2&repeat=5", folder: Path | None = None) -> DenoisingTask:
+    options = {"max_samples": 60, "batch_size": 16}
+    return Diffusion(steps=3, draws=1).open(data, CONFIG, folder, 0, options)
+
+
+def test_every_part_of_a_joint_reward_is_measured() -> None:
+    task, model = opened(), tiny_denoiser("unet", 11).train()
+    parts = [
+        {"type": "fid", "samples": 12},
+        {"type": "kid", "samples": 12},
+        {"type": "amd", "samples": 12, "space": "pixels"},
+        {"type": "extraction", "samples": 12},
+        {"type": "noise_difference", "draws": 2},
+        "denoising_loss",
+        {"type": "forgetting", "source": "digits", "task": {"type": "diffusion", "draws": 1}, "max_samples": 40},
+    ]
+    reward = Plugin("rewards").read({"type": "joint", "parts": parts})
+    state = torch.get_rng_state()
+    found = reward.measure(model, task, "outer")
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    metrics = {**task.evaluate(model, "outer"), **found}
+    assert set(reward.names) <= set(metrics)
+    images = task.sample(model, 12, 0)
+    assert found["amd_pixels"] == pytest.approx(amd(images, task.training_images()))
+    assert found["extracted"] == extracted(images, task.training_images(), 0.2)
+    norms = task.noise_difference(model, (0, 1), 2, 0).double().mean(1)
+    assert found["noise_difference_max"] == pytest.approx(float(norms.max()))
+    assert reward.watched == "denoising_loss" in task.evaluate(model, "outer")
+
+
+def test_a_model_that_gives_its_training_images_back_is_caught() -> None:
+    class Thief(DenoisingTask):
+        def sample(self, model: Any, n: int, seed: int, *_: Any, **__: Any) -> torch.Tensor:
+            images = self.training_images()
+            return images[torch.arange(n) % 3]
+
+    honest = opened()
+    thief = opened()
+    thief.__class__ = Thief
+    model = tiny_denoiser("unet", 11)
+    for settings, better in (
+        ({"type": "amd", "samples": 12}, max),
+        ({"type": "extraction", "samples": 12}, min),
+        ({"type": "mifid", "samples": 12, "threshold": 1.0}, min),
+    ):
+        reward = Plugin("rewards").read(settings)
+        values = [reward.measure(model, task, "outer")[reward.names[0]] for task in (honest, thief)]
+        if settings["type"] == "mifid":
+            values = [reward.measure(model, task, "outer")["mifid_penalty"] for task in (honest, thief)]
+        assert better(values) == values[0] != values[1]
