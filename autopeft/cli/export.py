@@ -17,9 +17,12 @@ __all__ = ["export"]
 
 def export(
     source: Annotated[str, typer.Argument(help="run folder, RUN#TRIAL, or a folder written by autopeft train")],
-    to: Annotated[str, typer.Option(help="formats, comma-separated: timm, peft, peft-init, delta, onnx, native")] = (
-        "timm"
-    ),
+    to: Annotated[
+        str,
+        typer.Option(
+            help="formats, comma-separated: timm, peft, peft-init, delta, onnx, native, diffusers, diffusers-lora"
+        ),
+    ] = "timm",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write to")] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,

@@ -46,8 +46,10 @@ class DiffusersExport:
         if reason := self.supports(inserted):
             raise ExportError(f"the plan cannot be exported as diffusers: {reason}")
         component = component_of(inserted.model)
-        paths = write_denoiser(inserted.model, inserted.merged_state(), folder / component)
-        paths = (*paths, *write_pipeline(component, record, folder))
+        paths = (
+            *write_denoiser(inserted.model, inserted.merged_state(), folder / component),
+            *write_pipeline(component, record, folder),
+        )
         load = _LOAD.format(kind=type(inserted.model).__name__, component=component)
         title = f"{type(inserted.model).__name__}, fine-tuned with autopeft"
         readme = folder / "README.md"

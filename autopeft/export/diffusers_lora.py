@@ -26,8 +26,8 @@ _LOAD = """```python
 pipeline.load_lora_weights("FOLDER")
 ```
 
-or, on the model alone, `model.load_lora_adapter("FOLDER", prefix="{component}")`. The configuration in the file's header
-holds the rank of every layer; alpha equals it everywhere, so that every scale is 1."""
+or, on the model alone, `model.load_lora_adapter("FOLDER", prefix="{component}")`. The configuration in the file's
+header holds the rank of every layer; alpha equals it everywhere, so that every scale is 1."""
 
 
 @dataclass(frozen=True, slots=True)

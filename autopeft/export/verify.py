@@ -71,7 +71,8 @@ def verify_all(
             `delta`, `compressed`, `diffusers`, `diffusers-lora`, `onnx`. Others are left out.
         images: a few images as the model takes them, float32, (n, channels, height, width).
         logits: what the model gives for them, (n, classes); of a denoiser, what it predicts at timestep 0 with labels
-            and texts of zeros, as `autopeft.models.calling.output_on` has it. For `peft-init` the untrained start is computed instead.
+            and texts of zeros, as `autopeft.models.calling.output_on` has it. For `peft-init` the untrained start is
+            computed instead.
         inserted: the plan the exports were made of.
         record: the record the exports were made with.
         tolerance: largest absolute difference of a logit.
