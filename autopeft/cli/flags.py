@@ -41,6 +41,7 @@ def study_flags(
     time_limit: float | None = None,
     seeds: int | None = None,
     space: str | None = None,
+    sampler: str | None = None,
     seed: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def study_flags(
         "search.time_limit": time_limit,
         "search.seeds": seeds,
         "search.space": space,
+        "search.sampler": sampler,
         "seed": seed,
         "device": device,
     }

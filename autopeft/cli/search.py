@@ -45,6 +45,9 @@ def search(
     space: Annotated[
         str | None, typer.Option(help="search space: a name or a YAML file", show_default="mixed_methods")
     ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="tpe, random, nsga2 (fronts) or gp (few full trials)", show_default="tpe")
+    ] = None,
     study: Annotated[str | None, typer.Option(help="name of the Optuna study", show_default="the run's name")] = None,
     storage: Annotated[
         str | None,
@@ -99,6 +102,7 @@ def search(
         time_limit=seconds_of(time_limit),
         seeds=seeds,
         space=space,
+        sampler=sampler,
         seed=seed,
         device=device,
     )

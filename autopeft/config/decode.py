@@ -85,6 +85,8 @@ def study_to_dict(study: Study) -> dict[str, Any]:
             data[name] = {key: describe(plugin, marker.room) for key, plugin in value.items()}
         else:
             data[name] = codec.encode(value)
+            for key, inside in Study.plugins_in(name).items():
+                data[name][key] = describe(getattr(value, key), inside.room)
     return data
 
 

@@ -38,6 +38,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _deep(base: Any, over: Any) -> Any:
     if not isinstance(base, Mapping) or not isinstance(over, Mapping):
         return over
+    if "type" in over and over["type"] != base.get("type"):
+        return over  # Another plug-in inside of a part, such as the sampler of `search`.
     merged = dict(base)
     for key, value in over.items():
         merged[key] = _deep(merged[key], value) if key in merged else value

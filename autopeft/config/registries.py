@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from autopeft import allocation, backends, export, methods, regularisers, rewards, scoring, tasks
-from autopeft.core.contracts import Allocator, Backend, Exporter, Method, Regulariser, Reward, Scorer, TaskSpec
+from autopeft import allocation, backends, export, methods, regularisers, rewards, scoring, search, tasks
+from autopeft.core.contracts import Allocator, Backend, Exporter, Method, Regulariser, Reward, Sampler, Scorer, TaskSpec
 from autopeft.core.registry import Registry
 
-__all__ = ["ALLOCATORS", "BACKENDS", "EXPORTERS", "METHODS", "REGULARISERS", "REWARDS", "ROOMS", "SCORERS", "TASKS"]
+__all__ = [
+    "ALLOCATORS",
+    "BACKENDS",
+    "EXPORTERS",
+    "METHODS",
+    "REGULARISERS",
+    "REWARDS",
+    "ROOMS",
+    "SAMPLERS",
+    "SCORERS",
+    "TASKS",
+]
 
 METHODS: Registry[Method] = Registry("method", "autopeft.methods", methods.BUILTIN)
 SCORERS: Registry[Scorer] = Registry("scorer", "autopeft.scoring", scoring.BUILTIN)
@@ -19,6 +30,7 @@ BACKENDS: Registry[Backend] = Registry("backend", "autopeft.backends", backends.
 TASKS: Registry[TaskSpec] = Registry("task", "autopeft.tasks", tasks.BUILTIN)
 REGULARISERS: Registry[Regulariser] = Registry("regulariser", "autopeft.regularisers", regularisers.BUILTIN)
 REWARDS: Registry[Reward] = Registry("reward", "autopeft.rewards", rewards.BUILTIN)
+SAMPLERS: Registry[Sampler] = Registry("sampler", "autopeft.search", search.BUILTIN)
 EXPORTERS: Registry[Exporter] = Registry("export format", "autopeft.export", export.BUILTIN)
 
 ROOMS: Mapping[str, Registry[Any]] = MappingProxyType(
@@ -30,6 +42,7 @@ ROOMS: Mapping[str, Registry[Any]] = MappingProxyType(
         "tasks": TASKS,
         "regularisers": REGULARISERS,
         "rewards": REWARDS,
+        "search": SAMPLERS,
         "export": EXPORTERS,
     }
 )

@@ -17,7 +17,8 @@ from autopeft.config._guess import known_names
 from autopeft.config.plugin import Plugin, PluginTable
 from autopeft.config.registries import METHODS, ROOMS
 from autopeft.core.budget import Budget
-from autopeft.core.contracts import Allocator, Backend, Method, Regulariser, Reward, Scorer, TaskSpec
+from autopeft.core.contracts import Allocator, Backend, Method, Regulariser, Reward, Sampler, Scorer, TaskSpec
+from autopeft.core.goals import Front, Goals
 from autopeft.core.site import Fused
 from autopeft.errors import UnknownKey, UsageError
 from autopeft.models.spec import ModelSpec
@@ -104,6 +105,10 @@ class SearchSettings:
         space: name of a search space, or path of its file.
         seeds: trainings per finalist at the end.
         tries: learning rates per contender; every contender and our own plans get the same number.
+        sampler: proposes the knobs of the next trial: `tpe`, `random`, `nsga2` (for fronts) or `gp` (few, full trials).
+        front: what is made of a reward with several goals: `first`, `epsilon`, `pareto`, or `auto`, see
+            `autopeft.core.goals.Front`.
+        limits: goal to the worst value that is allowed, for the others than the first.
 
     Raises:
         UsageError: naming the field and the value that is out of range.
@@ -114,6 +119,9 @@ class SearchSettings:
     space: str = "mixed_methods"
     seeds: int = 3
     tries: int = 2
+    sampler: Annotated[Sampler, Plugin("search")] = field(default_factory=lambda: _builtin("search", "tpe"))
+    front: Front = "auto"
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _whole("search.trials", self.trials, 0)
@@ -152,6 +160,7 @@ class Study:
         methods: name to method; names are what plans and reports speak of.
         scorer: how sensitivity is measured.
         allocator: how the budget is spent.
+        spend: share of the budget that plans may spend, in (0, 1]; a knob for searches of a front.
         mergeable: whether to offer only what can be merged into the model's own tensors, so that every plan leaves as a
             plain checkpoint; off also offers bottleneck adapters.
         gain: corrections to the predicted gains; most knobs lie here.
@@ -183,6 +192,7 @@ class Study:
     allocator: Annotated[Allocator, Plugin("allocation")] = field(
         default_factory=lambda: _builtin("allocation", "knapsack")
     )
+    spend: float = 1.0
     mergeable: bool = True
     gain: GainPolicy = field(default_factory=GainPolicy)
     backend: Annotated[Backend, Plugin("backends")] = field(default_factory=lambda: _builtin("backends", "native"))
@@ -207,16 +217,29 @@ class Study:
         _whole("seed", self.seed, 0)
         if self.fused not in typing.get_args(Fused):
             raise UsageError(f"fused must be one of {', '.join(typing.get_args(Fused))}, got {self.fused!r}")
+        if not 0 < self.spend <= 1:
+            raise UsageError(f"spend must be above 0 and at most 1, got {self.spend!r}")
         if not self.device.strip():
             raise UsageError("device is empty; write auto, cpu, cuda or cuda:0")
         if not self.methods:
             raise UsageError("methods is empty; name at least one method")
         if not self.budget.startswith("like:"):
             Budget.parse(self.budget, _LIMITLESS)
+        self.goals  # noqa: B018 - goals and limits that do not fit each other are refused now
         known = [*self.methods, *DEFAULT_METHODS, *METHODS]
         for name in self.gain.methods:
             if name not in known:
                 raise UnknownKey(f"gain.methods has no method {name!r}. {known_names(name, dict.fromkeys(known))}")
+
+    @property
+    def goals(self) -> Goals:
+        """The goals of the reward, and what the search makes of them."""
+        return Goals(self.reward.names, self.reward.goals, self.search.front, self.search.limits)
+
+    @classmethod
+    def plugins_in(cls, name: str) -> Mapping[str, Plugin]:
+        """The fields that hold a plug-in inside of a part, such as `sampler` of `search`; none in most."""
+        return _nested()[name]
 
     @classmethod
     def marker(cls, name: str) -> Plugin | PluginTable | None:
@@ -227,6 +250,16 @@ class Study:
     def names(cls) -> tuple[str, ...]:
         """The fields' names, in order."""
         return tuple(f.name for f in dataclasses.fields(cls))
+
+
+@functools.cache
+def _nested() -> dict[str, dict[str, Plugin]]:
+    found: dict[str, dict[str, Plugin]] = {}
+    for name, part in typing.get_type_hints(Study).items():
+        hints = typing.get_type_hints(part, include_extras=True) if dataclasses.is_dataclass(part) else {}
+        marks = {key: getattr(hint, "__metadata__", ()) for key, hint in hints.items()}
+        found[name] = {key: m for key, ms in marks.items() for m in ms if isinstance(m, Plugin)}
+    return found
 
 
 @functools.cache

@@ -23,6 +23,9 @@ from autopeft.core.space import Space, Value
 
 if TYPE_CHECKING:
     import torch
+    from optuna.samplers import BaseSampler
+    from optuna.study import StudyDirection
+    from optuna.trial import FrozenTrial
     from torch import Tensor, nn
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "Method",
     "Regulariser",
     "Reward",
+    "Sampler",
     "Scorer",
     "Searcher",
     "StepState",
@@ -538,6 +542,26 @@ class Searcher(Protocol):
     @property
     def space(self) -> Space:
         """The knobs."""
+        ...
+
+
+class Sampler(Protocol):
+    """Proposes the knobs of the next trial, as a function of seed and history.
+
+    Laws: those of the searcher that uses it (`autopeft.testing.searcher_laws`).
+    """
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it learns from trials that were stopped early; where not, none is."""
+        ...
+
+    def make(self, seed: int) -> BaseSampler:
+        """A fresh sampler of Optuna's with this seed; one is made for every trial."""
+        ...
+
+    def view(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[FrozenTrial]:
+        """The history as that sampler should see it, in the order of the trials; the trials given are not changed."""
         ...
 
 

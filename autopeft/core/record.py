@@ -88,6 +88,8 @@ class Record:
         costs: sample-epochs spent on scoring, search and finish, and one full training for comparison.
         environment: versions, device, threads.
         seconds: wall time per stage.
+        search: how it was searched, as plain data: `goals` (a list of objects with `name` and `direction`), `mode`,
+            `front` (numbers of the trials on it) and whatever else the search has to say of itself.
     """
 
     run: str
@@ -102,5 +104,6 @@ class Record:
     costs: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
 
     SCHEMA: ClassVar[str] = "autopeft.record/1"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from autopeft.config.registries import SAMPLERS
 from autopeft.core.budget import Budget
+from autopeft.core.record import Trial
 
 if TYPE_CHECKING:
+    from autopeft.config.study import Study
     from autopeft.pipeline.prepare import Prepared
 
-__all__ = ["budget_facts", "data_facts", "environment_facts", "model_facts"]
+__all__ = ["budget_facts", "data_facts", "environment_facts", "model_facts", "search_facts"]
 
 
 def model_facts(prepared: Prepared) -> dict[str, Any]:
@@ -47,6 +51,19 @@ def data_facts(prepared: Prepared) -> dict[str, Any]:
 def budget_facts(budget: Budget) -> dict[str, Any]:
     """Limit, unit, share and text of the budget."""
     return {"limit": budget.limit, "unit": budget.unit, "share_of": budget.share_of, "text": budget.text}
+
+
+def search_facts(study: Study, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Goals, what was made of them, the sampler, and the trials of ours on the front."""
+    goals = study.goals
+    ours = [t for t in trials if t.role != "baseline" and t.outcome.status == "done"]
+    return {
+        "goals": [{"name": n, "direction": d} for n, d in zip(goals.names, goals.directions, strict=True)],
+        "mode": goals.mode,
+        "limits": dict(goals.limits),
+        "sampler": SAMPLERS.name_of(type(study.search.sampler)),
+        "front": [ours[i].number for i in goals.on_front([t.rewards for t in ours])] if len(goals.names) > 1 else [],
+    }
 
 
 def environment_facts(prepared: Prepared) -> dict[str, Any]:

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["apply_knobs", "baseline_values", "relevant_space"]
 
 _METHODS = "gain.methods."
+_SETTINGS = "methods."
+_SCORER = "scorer."
+_SPEND = "spend"
 _RATES = "train.lr."
 
 
 def relevant_space(space: Space, study: Study) -> Space:
-    """The knobs that can matter to a study: none of methods that it does not have, no rates of families it lacks.
+    """The knobs that can matter to a study.
+
+    None of methods that it does not have, no rates of families it lacks, no settings that its scorer does not have.
 
     One space serves studies of many methods without making the sampler learn about knobs that do nothing. It is the
     same for every trial of a study.
@@ -30,6 +35,10 @@ def relevant_space(space: Space, study: Study) -> Space:
     def matters(path: str) -> bool:
         if path.startswith(_METHODS):
             return path.removeprefix(_METHODS) in study.methods
+        if path.startswith(_SETTINGS):
+            return path.split(".")[1] in study.methods
+        if path.startswith(_SCORER):
+            return hasattr(study.scorer, path.removeprefix(_SCORER))
         return not path.startswith(_RATES) or path.removeprefix(_RATES) in families
 
     return Space(tuple(knob for knob in space if matters(knob.path)))
@@ -60,7 +69,10 @@ def baseline_values(space: Space, tuned: Tuned, *, is_default: bool) -> dict[str
     used = {option.method for option in tuned.candidate.allocation.options}
     for knob in space:
         default = _middle(knob) if knob.default is None else knob.default
-        if knob.path.startswith(_METHODS) and not is_default and not knob.choices:
+        if knob.path == _SPEND and not knob.choices:
+            plan = tuned.candidate.allocation
+            values[knob.path] = _clipped(knob, plan.spent / max(1, plan.budget.limit))
+        elif knob.path.startswith(_METHODS) and not is_default and not knob.choices:
             favoured = knob.path.removeprefix(_METHODS) in used
             bound = knob.high if favoured else knob.low
             assert bound is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from autopeft.allocation.gain import build_menu
@@ -23,6 +24,8 @@ __all__ = ["make_menu", "make_plan"]
 
 def make_menu(prepared: Prepared, study: Study) -> Menu:
     """Every option of the study's methods, with its price and its corrected gain.
+
+    Options that cost more than the share of the budget that the study spends are on it too; no allocator buys them.
 
     Raises:
         InfeasibleBudget: when not even the cheapest option fits the budget.
@@ -53,13 +56,16 @@ def make_plan(prepared: Prepared, study: Study | None = None) -> Allocation:
     if isinstance(allocator, SPT) and not allocator.methods:
         # It prices modules and vectors itself, and must not buy a method that this study does not have.
         allocator = dataclasses.replace(allocator, methods=study.methods)
+    # Rounded down, and never to nothing: what fits a share fits the budget.
+    limit = max(1, math.floor(prepared.budget.limit * study.spend))
+    budget = prepared.budget if study.spend == 1 else dataclasses.replace(prepared.budget, limit=limit)
     try:
-        allocation = allocator.allocate(menu, prepared.budget, study.seed)
+        allocation = allocator.allocate(menu, budget, study.seed)
     except InfeasibleBudget:
         if not isinstance(allocator, Knapsack):
             raise
         # The menu leaves out what is dearer than the budget; what would be needed may be among that.
-        raise allocator.refusal(_prices(prepared, study), prepared.budget) from None
+        raise allocator.refusal(_prices(prepared, study), budget) from None
     return attach_indices(allocation, study.methods, prepared.scores_for(study), menu.sites)
 
 

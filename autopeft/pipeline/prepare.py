@@ -16,12 +16,14 @@ from autopeft.core.budget import Budget
 from autopeft.core.contracts import Task
 from autopeft.core.scores import ScoreOrigin, Scores
 from autopeft.core.site import Catalog
-from autopeft.errors import AutopeftError
+from autopeft.errors import AutopeftError, UsageError
 from autopeft.models.load import LoadedModel, load_model
 from autopeft.pipeline.bases import asked_bases, measure_bases, with_bases
 from autopeft.pipeline.budget import resolve_budget
 from autopeft.pipeline.device import choose_device
 from autopeft.scoring.files import load_scores, save_scores
+from autopeft.scoring.fisher import Fisher
+from autopeft.scoring.reweigh import reweighed
 from autopeft.training.probe import Probe, ridge_probe
 from autopeft.training.threads import choose_threads, thread_count
 
@@ -110,13 +112,26 @@ class Prepared:
                 self.basis_samples += found.samples
         return self.scores
 
+    def scores_by(self, study: Study) -> Scores:
+        """As `scores_for`, as the study's own scorer would have given them from the same pass over the data.
+
+        Raises:
+            UsageError: when that cannot be had without another pass.
+        """
+        own, scorer, scores = self.study.scorer, study.scorer, self.scores_for(study)
+        if scorer == own:
+            return scores
+        if not (isinstance(own, Fisher) and isinstance(scorer, Fisher)):
+            raise UsageError(f"the model was scored by {own}; {scorer} would need a pass of its own, so it is no knob")
+        return reweighed(scores, self.catalog, own, scorer)
+
     def energies(self, study: Study, budget: Budget | None = None) -> Energies:
         """Uncorrected gains of every option, computed once per set of methods."""
         budget = budget or self.budget
         settings = (study.fused, budget.unit, str(budget.limit), str(study.mergeable), *study.gain.tangent)
-        key = (repr(sorted(study.methods.items())), *settings)
+        key = (repr(sorted(study.methods.items())), repr(study.scorer), *settings)
         if key not in self._energies:
-            scores, start = self.scores_for(study), time.perf_counter()
+            scores, start = self.scores_by(study), time.perf_counter()
             with thread_count(self.threads):
                 self._energies[key] = energies(
                     self.catalog,

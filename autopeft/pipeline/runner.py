@@ -114,12 +114,11 @@ class Runner:
         self._say(label, entry.outcome, study)
         return entry
 
-    def rank(self, study: Study, outcome: Outcome) -> tuple[float, float]:
-        """What candidates are ordered by: the reward with its sign, then the negative log-likelihood."""
+    def rank(self, study: Study, outcome: Outcome) -> tuple[float, float, float]:
+        """What candidates are ordered by: keeping to the limits, the first goal, the negative log-likelihood."""
         if outcome.status != "done":
-            return (float("-inf"), float("-inf"))
-        sign = 1.0 if study.reward.goals[0] == "maximize" else -1.0
-        return (sign * study.reward.value(outcome)[0], -outcome.metrics.get("nll", 0.0))
+            return (float("-inf"), float("-inf"), float("-inf"))
+        return (*study.goals.merit(study.reward.value(outcome)), -outcome.metrics.get("nll", 0.0))
 
     def _say(self, label: str, outcome: Outcome, study: Study, again: bool = False) -> None:
         if outcome.status == "done":

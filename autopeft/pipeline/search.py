@@ -21,7 +21,7 @@ from autopeft.pipeline.contenders import Group, contender_groups
 from autopeft.pipeline.deliver import deliver, with_exports
 from autopeft.pipeline.effort import Effort, finish_seconds, plan_effort
 from autopeft.pipeline.events import Emit, Event, silent
-from autopeft.pipeline.facts import budget_facts, data_facts, environment_facts, model_facts
+from autopeft.pipeline.facts import budget_facts, data_facts, environment_facts, model_facts, search_facts
 from autopeft.pipeline.finish import Finalist, adapter_folder, finish
 from autopeft.pipeline.knobs import baseline_values
 from autopeft.pipeline.ledger import Ledger
@@ -254,7 +254,7 @@ def _finish(
     """Retrain the winner and the best baselines, export the winner, write record and report."""
     prepared = runner.prepared
     trials = searcher.finished()
-    winner = _best(runner, study, trials, ("trial", "default"))
+    winner = _winner(runner, study, trials)
     if winner is None:
         reasons = "; ".join(t.outcome.reason for t in trials if t.outcome.reason)
         raise TrainingFailed(f"no plan could be trained: {reasons}")
@@ -276,6 +276,7 @@ def _finish(
         costs,
         environment_facts(prepared),
         {name: round(value, 3) for name, value in prepared.seconds.items()},
+        search_facts(study, trials),
     )
     seed = next(o.seed for o in contenders[0].outcomes if o.status == "done")
     adapter = adapter_folder(run.root, finalists[0], seed) / "adapter.safetensors"
@@ -294,9 +295,13 @@ def _ranked(runner: Runner, study: Study, trials: tuple[Trial, ...], roles: tupl
     return sorted(done, key=lambda t: (*(-value for value in runner.rank(study, t.outcome)), t.number))
 
 
-def _best(runner: Runner, study: Study, trials: tuple[Trial, ...], roles: tuple[Role, ...]) -> Trial | None:
-    ranked = _ranked(runner, study, trials, roles)
-    return ranked[0] if ranked else None
+def _winner(runner: Runner, study: Study, trials: tuple[Trial, ...]) -> Trial | None:
+    """The plan of ours to take: by the goals, ties by the negative log-likelihood, then to the earlier one."""
+    ranked = _ranked(runner, study, trials, ("trial", "default"))
+    if not ranked:
+        return None
+    goals = study.goals
+    return ranked[goals.choose([study.reward.value(t.outcome) for t in ranked])]
 
 
 def _finalist(run: RunFolder, study: Study, trial: Trial) -> Finalist:

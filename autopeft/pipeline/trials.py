@@ -55,8 +55,8 @@ def open_searcher(
         name or run.root.resolve().name,
         relevant_space(load_space(study.search.space), study),
         seed=study.seed,
-        goal=study.reward.goals[0],
-        metric=study.reward.names[0],
+        goals=study.goals,
+        sampler=study.search.sampler,
         max_epochs=effort.epochs,
         identity={
             "catalog": prepared.catalog.fingerprint,

@@ -71,7 +71,8 @@ def stage_seconds(seconds: float) -> str:
 
 def search_metric(record: Record) -> str:
     """The metric the search saw: the study's reward's, else `top1`, else the first one that was measured."""
-    named = _reward(record).get("name")
+    goals = record.search.get("goals")
+    named = goals[0]["name"] if goals else _reward(record).get("name")
     measured = list(dict.fromkeys(name for outcome in _outcomes(record) for name in outcome.metrics))
     if isinstance(named, str) and (named in measured or not measured):
         return named
@@ -80,7 +81,9 @@ def search_metric(record: Record) -> str:
 
 def search_sign(record: Record) -> int:
     """1 when more of the search metric is better, -1 when less is."""
-    return -1 if _reward(record).get("direction") == "minimize" else 1
+    goals = record.search.get("goals")
+    direction = goals[0]["direction"] if goals else _reward(record).get("direction")
+    return -1 if direction == "minimize" else 1
 
 
 def _reward(record: Record) -> Mapping[str, Any]:

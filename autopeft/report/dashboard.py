@@ -20,6 +20,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from autopeft.core.record import Record
 from autopeft.errors import StoreError, UsageError
 from autopeft.report.figures import figures
+from autopeft.report.fronts import front_figure, front_table
 from autopeft.report.rows import AllocationRow
 from autopeft.report.tables import contender_table, spending_tables
 from autopeft.report.verdict import verdict
@@ -134,6 +135,8 @@ def publish(
     attempt("totals", lambda: _save_totals(study, record))
     shown: dict[str, Any] = {}
     attempt("figures", lambda: shown.update(figures(record, listed, predicted=predicted)))
+    if front_table(record).rows:
+        attempt("front", lambda: shown.update(front=front_figure(record)))
     for name, figure in shown.items():
         attempt(f"figure {name}", lambda name=name, figure=figure: _save_figure(study, name, figure))  # type: ignore[misc]
     return tuple(problems)
@@ -171,6 +174,8 @@ def _note(record: Record, rows: tuple[AllocationRow, ...], links: list[str]) -> 
     parts += [f"[The whole report]({link})" for link in links]
     if record.contenders:
         parts.append(contender_table(record).markdown())
+    if (front := front_table(record)).rows:
+        parts.append(front.markdown())
     parts += [f"```text\n{table.text()}\n```" for table in (spending_tables(rows)[:2] if rows else ())]
     return "\n\n".join(parts)
 

@@ -12,6 +12,7 @@ from autopeft.core.record import Record
 from autopeft.core.site import Site
 from autopeft.report._text import gain_text, metric_text, number, search_metric, share_text, stage_seconds
 from autopeft.report.figures import figures
+from autopeft.report.fronts import front_figure, front_table
 from autopeft.report.loading import loading_notes
 from autopeft.report.packing import packing_lines
 from autopeft.report.rows import AllocationRow, allocation_rows, spending
@@ -56,6 +57,8 @@ def render_html(
     known = tuple(sites)
     rows = allocation_rows(plan, known)
     shown = figures(record, rows, sensitivity=sensitivity, sites=known, predicted=predicted)
+    if front_table(record).rows:
+        shown["front"] = front_figure(record)
     source = files("autopeft.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
     judged = verdict(record)
@@ -69,6 +72,7 @@ def render_html(
         groups=_groups(rows),
         packing=packing_lines(packing or {}, record.budget.get("limit", 0)),
         trials=trial_table(record),
+        front=front_table(record),
         costs=cost_table(record),
         exports=[
             {"kind": kind, "path": path, "code": loading_notes(kind, path)} for kind, path in record.exports.items()

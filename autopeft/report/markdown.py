@@ -8,6 +8,7 @@ from typing import Any
 from autopeft.core.record import Record
 from autopeft.core.site import Site
 from autopeft.report._text import metric_text, number, search_metric, share_text
+from autopeft.report.fronts import front_table
 from autopeft.report.loading import loading_notes
 from autopeft.report.packing import packing_lines
 from autopeft.report.rows import AllocationRow, allocation_rows
@@ -44,6 +45,12 @@ def render_markdown(
     if record.contenders:
         parts += ["## Gain over the baselines", contender_table(record).markdown(), _how_compared(record)]
     parts += ["## Where the budget went", *_allocation(record, rows, packing or {})]
+    if (front := front_table(record)).rows:
+        parts += [
+            "## Front",
+            front.markdown(),
+            "None of our plans beats these in every goal; the star marks the one taken.",
+        ]
     if record.trials:
         parts += ["## Search history", _history(record), trial_table(record).markdown()]
     if record.costs or record.seconds:

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from autopeft.core.scores import Evidence, Scores, TensorEvidence
+from autopeft.core.scores import Scores, TensorEvidence
 from autopeft.core.site import Catalog
 from autopeft.errors import UsageError
 from autopeft.scoring.fisher import Fisher
@@ -65,7 +65,7 @@ def reweighed(scores: Scores, catalog: Catalog, before: Fisher, after: Fisher) -
         )
 
     evidence = {
-        name: Evidence(item.site, {slot: one(name, slot, known) for slot, known in item.slots.items()})
+        name: dataclasses.replace(item, slots={slot: one(name, slot, known) for slot, known in item.slots.items()})
         for name, item in scores.evidence.items()
     }
     totals = dict(scores.totals)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autopeft.core.goals import Goals
 from autopeft.core.record import Role, Trial
 from autopeft.search._calm import calm
 from autopeft.search.entry import as_trial
@@ -21,9 +22,11 @@ class Board:
     Args:
         study: the study, opened.
         where: the storage, for messages.
+        goals: what is searched for.
     """
 
-    def __init__(self, study: Study, where: str) -> None:
+    def __init__(self, study: Study, where: str, goals: Goals) -> None:
+        self._goals = goals
         self._study = study
         self._where = where
 
@@ -49,17 +52,22 @@ class Board:
             trials = self._trials()
         return place(next(t for t in trials if t.number == number), trials)
 
+    @property
+    def goals(self) -> Goals:
+        """What is searched for."""
+        return self._goals
+
     def best(self, *roles: Role) -> Trial | None:
-        """The complete trial with the best value, among these roles if any are named; ties go to the earlier one."""
+        """The complete trial to take, among these roles if any are named, see `autopeft.core.goals.Goals.choose`."""
         with calm(self._where):
-            maximize = self._study.direction == StudyDirection.MAXIMIZE
             trials = self._trials()
-            done = [t for t in finished(trials) if t.state == TrialState.COMPLETE and t.value is not None]
-        among = [t for t in done if not roles or role_of(t) in roles]
-        if not among:
+            done = [t for t in finished(trials) if t.state == TrialState.COMPLETE]
+        found = [as_trial(t) for t in done if not roles or role_of(t) in roles]
+        known = [t for t in found if len(t.rewards) == len(self._goals.names)]
+        if not known:
             return None
-        sign = -1.0 if maximize else 1.0
-        return self._placed(min(among, key=lambda t: (sign * (t.value or 0.0), t.number)), trials)
+        chosen = known[self._goals.choose([t.rewards for t in known])]
+        return self._placed(self._frozen(chosen.number), trials)
 
     def find(self, key: str) -> Trial | None:
         """The complete trial with this equality key, None without one."""

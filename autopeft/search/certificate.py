@@ -24,7 +24,7 @@ _CANDIDATES = 128
 _PATHS = 400
 _JITTER = 1e-7
 
-Array = NDArray[np.float64]
+_Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,14 @@ class Certificate:
     trials: int
 
 
-def coordinates(space: Space, values: Mapping[str, Value]) -> Array:
+def coordinates(space: Space, values: Mapping[str, Value]) -> _Array:
     """A knob setting as a point of the unit cube: one axis per numeric knob, on its own scale, one per choice."""
     return np.array([x for knob in space for x in _axes(knob, values[knob.path])], dtype=np.float64)
 
 
-def certify(points: Array, values: Sequence[float], chosen: int, confidence: float = 0.9, seed: int = 0) -> Certificate:
+def certify(
+    points: _Array, values: Sequence[float], chosen: int, confidence: float = 0.9, seed: int = 0
+) -> Certificate:
     """Bound what the search has left on the table.
 
     The values are taken to be a draw of a Gaussian process over the knobs plus independent noise of constant variance.
@@ -86,7 +88,7 @@ def certify(points: Array, values: Sequence[float], chosen: int, confidence: flo
     return Certificate(float(np.quantile(gaps, confidence)) * spread, confidence, len(y))
 
 
-def _gaps(points: Array, y: Array, where: Array, chosen: int, rng: np.random.Generator) -> Array:
+def _gaps(points: _Array, y: _Array, where: _Array, chosen: int, rng: np.random.Generator) -> _Array:
     """Draws of `max f - f(chosen)`, (paths,)."""
     n, d = points.shape
     models = []
@@ -109,7 +111,7 @@ def _gaps(points: Array, y: Array, where: Array, chosen: int, rng: np.random.Gen
     return np.concatenate(gaps)
 
 
-def _posterior(k: Array, cross: Array, prior: Array, y: Array) -> tuple[float, Array, Array, float]:
+def _posterior(k: _Array, cross: _Array, prior: _Array, y: _Array) -> tuple[float, _Array, _Array, float]:
     """Log evidence, mean and covariance (of unit amplitude) at the candidates, and `y' P y`, with a flat mean.
 
     Rasmussen and Williams, 2006, equations 2.41, 2.42 and 2.45, with the amplitude integrated out under 1 / sigma^2.
@@ -129,19 +131,19 @@ def _posterior(k: Array, cross: Array, prior: Array, y: Array) -> tuple[float, A
     return float(log_evidence), mean, covariance, square
 
 
-def _matern(points: Array, length: float) -> Array:
+def _matern(points: _Array, length: float) -> _Array:
     """Matern 5/2 with unit variance between all points; the first rows are those of the trials."""
     squares = (points**2).sum(axis=1)
     r = np.sqrt(np.maximum(squares[:, None] + squares - 2 * points @ points.T, 0.0)) * math.sqrt(5) / length
-    found: Array = (1 + r + r**2 / 3) * np.exp(-r)
+    found: _Array = (1 + r + r**2 / 3) * np.exp(-r)
     return found
 
 
-def _filling(d: int, seed: int) -> Array:
+def _filling(d: int, seed: int) -> _Array:
     """Points that fill the unit cube evenly."""
     from scipy.stats import qmc
 
-    found: Array = np.asarray(qmc.Sobol(d, seed=seed).random(_CANDIDATES), dtype=np.float64)
+    found: _Array = np.asarray(qmc.Sobol(d, seed=seed).random(_CANDIDATES), dtype=np.float64)
     return found
 
 

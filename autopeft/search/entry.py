@@ -57,11 +57,11 @@ def as_trial(frozen: FrozenTrial) -> Trial:
             _log.warning("the record of trial %d cannot be read: %s", frozen.number, error)
     status = _STATUS[frozen.state]
     reason = str(frozen.user_attrs.get("reason", "")) or ("" if status == "done" else f"{status}, no reason is known")
-    value = frozen.value
+    values = tuple(frozen.values or ())
     seconds = frozen.duration.total_seconds() if frozen.duration is not None else 0.0
     outcome = Outcome(
         status,
-        metrics={"value": value} if status == "done" and value is not None else {},
+        metrics={("value" if not i else f"value {i}"): v for i, v in enumerate(values)} if status == "done" else {},
         curve=tuple(sorted(frozen.intermediate_values.items())),
         seconds=seconds,
         reason=reason,
@@ -75,5 +75,5 @@ def as_trial(frozen: FrozenTrial) -> Trial:
         0,
         {},
         outcome,
-        (value,) if status == "done" and value is not None else (),
+        values if status == "done" else (),
     )

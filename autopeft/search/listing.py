@@ -34,8 +34,10 @@ def list_studies(storage: str) -> list[dict[str, Any]]:
         for name in sorted(optuna.get_all_study_names(opened)):
             study = optuna.load_study(study_name=name, storage=opened)
             trials = study.get_trials(deepcopy=False)
-            values = [t.value for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
-            pick = max if study.direction == optuna.study.StudyDirection.MAXIMIZE else min
+            done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
+            # Of several goals the first; what breaks a limit is no result.
+            values = [t.values[0] for t in done if not any(v > 0 for v in t.constraints.values())]
+            pick = max if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else min
             states = Counter(t.state.name.lower() for t in trials)
             rows.append(
                 {"name": name, "best": pick(values) if values else None, "trials": dict(sorted(states.items()))}

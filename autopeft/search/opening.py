@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -20,27 +20,27 @@ __all__ = ["open_study"]
 def open_study(
     url: str,
     name: str,
-    direction: StudyDirection,
+    directions: Sequence[StudyDirection],
     sampler: BaseSampler,
     pruner: BasePruner,
     *,
     identity: Mapping[str, Any],
     facts: Mapping[str, Any],
     payload: Mapping[str, Any] | None,
-    metric: str,
+    metrics: Sequence[str],
 ) -> Study:
     """Open a study, or begin it; several processes may do so in the same moment.
 
     Args:
         url: URL of an Optuna storage.
         name: name of the study in it.
-        direction: of the search, for a new study.
+        directions: of the search, one per value, for a new study.
         sampler: the sampler.
         pruner: the pruner.
         identity: plain data that must be equal for a process to join.
         facts: attributes that the dashboard shows.
         payload: plain data for workers, for a new study.
-        metric: what the value is called; empty leaves it without a name.
+        metrics: what the values are called.
 
     Raises:
         StaleRun: when the study has another identity.
@@ -49,7 +49,12 @@ def open_study(
     storage = open_storage(url)
     with calm(masked_url(url)):
         study = optuna.create_study(
-            storage=storage, study_name=name, direction=direction, sampler=sampler, pruner=pruner, load_if_exists=True
+            storage=storage,
+            study_name=name,
+            directions=list(directions),
+            sampler=sampler,
+            pruner=pruner,
+            load_if_exists=True,
         )
         claim(study, identity)
         if payload is not None and read_attribute(study, "payload") is None:
@@ -58,6 +63,6 @@ def open_study(
         for key, value in facts.items():
             if known.get(key) != value:
                 study.set_user_attr(key, value)
-        if metric and study.metric_names != [metric]:
-            study.set_metric_names([metric])
+        if study.metric_names != list(metrics):
+            study.set_metric_names(list(metrics))
     return study

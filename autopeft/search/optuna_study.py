@@ -14,6 +14,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from autopeft.core.codec import encode
+from autopeft.core.contracts import Sampler
+from autopeft.core.goals import Goals
 from autopeft.core.outcome import Outcome
 from autopeft.core.record import Role, Trial
 from autopeft.core.space import Space, Value
@@ -31,6 +33,7 @@ from autopeft.search.opening import open_study
 from autopeft.search.pruner import RungPruner
 from autopeft.search.sampler import HistorySampler
 from autopeft.search.suggested import Suggested
+from autopeft.search.tpe import TPE
 from autopeft.store.storage import masked_url
 
 __all__ = ["OptunaSearcher", "Suggested", "read_payload"]
@@ -51,11 +54,16 @@ class OptunaSearcher(Board):
         space: the knobs.
         sampler: the study's sampler.
         where: the storage, for messages.
+        goals: what is searched for.
+        prunes: whether the sampler bears that trials are stopped at rungs.
     """
 
-    def __init__(self, study: Study, space: Space, sampler: HistorySampler, where: str) -> None:
-        super().__init__(study, where)
+    def __init__(
+        self, study: Study, space: Space, sampler: HistorySampler, where: str, goals: Goals, *, prunes: bool = True
+    ) -> None:
+        super().__init__(study, where, goals)
         self._space = space
+        self._prunes = prunes and len(goals.searched) == 1
         self._sampler = sampler
         self._custody = Custody(where, study.study_name)
 
@@ -67,13 +75,12 @@ class OptunaSearcher(Board):
         space: Space,
         *,
         seed: int,
-        goal: str,
+        goals: Goals,
         max_epochs: int,
-        metric: str = "",
+        sampler: Sampler | None = None,
         identity: Mapping[str, Any] | None = None,
         facts: Mapping[str, Any] | None = None,
         payload: Mapping[str, Any] | None = None,
-        startup: int = 10,
         eta: int = 3,
         min_epochs: int = 1,
     ) -> OptunaSearcher:
@@ -84,13 +91,12 @@ class OptunaSearcher(Board):
             name: name of the study in it.
             space: the knobs.
             seed: the study's seed.
-            goal: `maximize` or `minimize`.
+            goals: what is searched for.
             max_epochs: epochs of a trial that is not stopped.
-            metric: what the value is called.
-            identity: plain data that must be equal for a process to join; space, goal and rungs are added.
+            sampler: proposes; TPE when None.
+            identity: plain data that must be equal for a process to join; space, goals, sampler and rungs are added.
             facts: what the dashboard shows of the study.
             payload: plain data for workers, see `read_payload`.
-            startup: trials, baselines included, before which knobs are drawn at random.
             eta: one in `eta` trials passes a rung.
             min_epochs: no trial is stopped before.
 
@@ -98,23 +104,28 @@ class OptunaSearcher(Board):
             StaleRun: when the study was begun with another identity, naming what differs.
             StoreError: when the storage cannot be used.
         """
-        if goal not in ("maximize", "minimize"):
-            raise UsageError(f"a goal is maximize or minimize, got {goal!r}")
+        chosen = TPE() if sampler is None else sampler
         rungs = Rungs(max_epochs, eta, min_epochs)
-        own = {"space": encode(space), "goal": goal, "metric": metric, "rungs": encode(rungs), "seed": seed}
-        sampler, where = HistorySampler(space, seed, startup), masked_url(url)
+        own = {
+            "space": encode(space),
+            "goals": encode(goals),
+            "sampler": {"type": type(chosen).__name__, **encode(chosen)},
+            "rungs": encode(rungs),
+            "seed": seed,
+        }
+        asked, where = HistorySampler(space, seed, chosen), masked_url(url)
         study = open_study(
             url,
             name,
-            StudyDirection[goal.upper()],
-            sampler,
+            [StudyDirection[direction.upper()] for direction in goals.searched],
+            asked,
             RungPruner(rungs),
             identity={**(identity or {}), "search": own},
             facts=facts or {},
             payload=payload,
-            metric=metric,
+            metrics=goals.names[: len(goals.searched)],
         )
-        return cls(study, space, sampler, where)
+        return cls(study, space, asked, where, goals, prunes=chosen.prunes)
 
     @property
     def space(self) -> Space:
@@ -148,7 +159,8 @@ class OptunaSearcher(Board):
     def report(self, number: int, step: int, value: float) -> bool:
         """Keep the value after an epoch; True when the trial should stop.
 
-        Baselines are never stopped. An epoch that was reported before is not kept again.
+        Baselines are never stopped, and neither is anything on the way to a front: Optuna keeps no values of single
+        epochs there, and one goal alone must not judge. An epoch that was reported before is not kept again.
 
         Args:
             number: a trial that this searcher asked.
@@ -158,11 +170,13 @@ class OptunaSearcher(Board):
         trial = self._custody[number]
         if not math.isfinite(value):
             return trial.user_attrs.get("role") == "trial"
+        if len(self._goals.searched) > 1:
+            return False
         try:
             with calm(self._where):
                 if self._custody.first_report(number, step):
                     trial.report(value, step)
-                return trial.should_prune()
+                return self._prunes and trial.should_prune()
         except UpdateFinishedTrialError:
             return True
 
@@ -174,7 +188,8 @@ class OptunaSearcher(Board):
         Args:
             number: a trial that this searcher asked.
             outcome: what came of it.
-            rewards: one number per goal, the first is what is searched for; empty unless the outcome is done.
+            rewards: one number per goal; empty unless the outcome is done. What breaks a limit is kept as a constraint,
+                which samplers that know constraints learn from.
 
         Raises:
             UsageError: when rewards and status do not fit, or a reward is not finite.
@@ -182,6 +197,8 @@ class OptunaSearcher(Board):
         trial = self._custody[number]
         if (outcome.status == "done") != bool(rewards):
             raise UsageError(f"trial {number} is {outcome.status} and has {len(rewards)} rewards")
+        if rewards and len(rewards) != len(self._goals.names):
+            raise UsageError(f"trial {number} has {len(rewards)} rewards, the goals are {', '.join(self._goals.names)}")
         if not all(math.isfinite(r) for r in rewards):
             raise UsageError(f"the rewards of trial {number} must be finite, got {rewards}")
         try:
@@ -192,7 +209,9 @@ class OptunaSearcher(Board):
                     trial.set_user_attr("rewards", list(rewards))
                 if outcome.status == "done":
                     self._give_way(trial)
-                    self._study.tell(number, rewards[0])
+                    for name, excess in self._goals.violations(rewards).items():
+                        trial.set_constraint(name, excess)
+                    self._study.tell(number, list(rewards[: len(self._goals.searched)]))
                 else:
                     self._study.tell(number, state=_STATES[outcome.status])
         except (UpdateFinishedTrialError, ValueError) as error:
@@ -222,7 +241,7 @@ class OptunaSearcher(Board):
             running = self._custody[number]
             running.set_user_attr("role", trial.role)
             self._suggest(running, values)
-            for epoch, value in trial.outcome.curve:
+            for epoch, value in trial.outcome.curve if len(self._goals.searched) == 1 else ():
                 if math.isfinite(value):
                     running.report(value, epoch)
         self.describe(trial, number)

@@ -20,7 +20,8 @@ class RungPruner(BasePruner):
     Optuna's own Hyperband draws the bracket from the trial's number, which changes when a trial is asked again after a
     crash, and hides the other brackets' trials from the sampler. Here the bracket comes from the trial's place in the
     search, and at a rung a trial is compared with every searched trial that has a value at that epoch, whatever its
-    bracket. Baselines are neither stopped nor compared with.
+    bracket. Baselines are neither stopped nor compared with, and what turned out to break a limit is not compared
+    with either: its head start is worth nothing.
 
     Args:
         rungs: where trials are judged.
@@ -46,6 +47,7 @@ class RungPruner(BasePruner):
             if t.number != trial.number
             and role_of(t) == "trial"
             and not is_replaced(t)
+            and not any(v > 0 for v in t.constraints.values())
             and not math.isnan(t.intermediate_values.get(epoch, math.nan))
         ]
         return not passes(value, others, self._rungs.eta, study.direction == StudyDirection.MAXIMIZE)

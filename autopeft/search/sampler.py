@@ -1,4 +1,4 @@
-"""The tree-structured Parzen estimator as a function of seed and history."""
+"""Any sampler of Optuna's as a function of seed and history."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
+from autopeft.core.contracts import Sampler
 from autopeft.core.space import Space, Value
 from autopeft.search.history import is_replaced, ordinal
 from autopeft.search.knobs import distributions
@@ -20,24 +21,24 @@ __all__ = ["HistorySampler"]
 
 
 class HistorySampler(BaseSampler):
-    """Asks a fresh joint TPE (Bergstra et al., 2011; Watanabe, 2023) for every trial.
+    """Asks a fresh sampler for every trial.
 
-    The seed is derived from the study's seed and the trial's place in the search, and the estimator is built anew from
-    the stored trials, so that one worker with the same seed and history is given the same next trial, also after it was
-    killed and the study reopened. Three things differ from handing the study to `TPESampler`: the space is the declared
-    one, not the intersection of what old trials have; trials that were replaced after a crash are not there; and trials
-    that failed by themselves (divergence, no feasible plan) count among the bad ones instead of being forgotten.
+    The seed is derived from the study's seed and the trial's place in the search, and the sampler is made anew and
+    shown the stored trials, so that one worker with the same seed and history is given the same next trial, also after
+    it was killed and the study reopened. Two things differ from handing the study to the sampler: the space is the
+    declared one, not the intersection of what old trials have; and trials that were replaced after a crash are not
+    there.
 
     Args:
         space: the knobs.
         seed: the study's seed.
-        startup: trials, baselines included, before which knobs are drawn at random.
+        sampler: proposes.
     """
 
-    def __init__(self, space: Space, seed: int, startup: int) -> None:
+    def __init__(self, space: Space, seed: int, sampler: Sampler) -> None:
         self._distributions = distributions(space)
         self._seed = seed
-        self._startup = startup
+        self._sampler = sampler
         self.pins: dict[str, Value] = {}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -52,14 +53,11 @@ class HistorySampler(BaseSampler):
             return dict(self.pins)
         trials = study.get_trials(deepcopy=False)
         place = ordinal(trial.number, trials)
-        # A study of its own, so that the estimator sees exactly the history it should and nothing private is touched.
+        # A study of its own, so that the sampler sees exactly the history it should and nothing private is touched.
         mirror = optuna.create_study(
-            direction=study.direction,
-            sampler=TPESampler(
-                seed=derive_seed(self._seed, "sampler", place), multivariate=True, n_startup_trials=self._startup
-            ),
+            directions=study.directions, sampler=self._sampler.make(derive_seed(self._seed, "sampler", place))
         )
-        mirror.add_trials(self._history(trials, trial.number))
+        mirror.add_trials(self._sampler.view(self._history(trials, trial.number), study.directions))
         return {**mirror.ask(self._distributions).params, **self.pins}
 
     def sample_independent(
@@ -69,16 +67,11 @@ class HistorySampler(BaseSampler):
         raise NotImplementedError(f"{param_name} is not a knob of the search space")
 
     def _history(self, trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
-        known = [
+        return [
             t
             for t in trials
             if t.number != number and not is_replaced(t) and self._complete(t.params) and t.state != TrialState.WAITING
         ]
-        return [self._as_bad(t) if t.state == TrialState.FAIL else t for t in known]
-
-    def _as_bad(self, trial: FrozenTrial) -> FrozenTrial:
-        """A trial that was stopped before its first value, which TPE ranks behind all others."""
-        return create_trial(state=TrialState.PRUNED, params=trial.params, distributions=self._distributions)
 
     def _complete(self, params: Mapping[str, Any]) -> bool:
         return set(params) >= set(self._distributions)

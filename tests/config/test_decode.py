@@ -16,6 +16,8 @@ from autopeft.methods.lora import LoRA
 from autopeft.methods.sparse import Sparse
 from autopeft.scoring.fisher import Fisher
 from autopeft.scoring.gradient import Gradient
+from autopeft.search.nsga2 import NSGA2
+from autopeft.search.random import Random
 
 
 def test_an_empty_file_is_the_default_study(default: Study) -> None:
@@ -149,3 +151,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("seed: [1\n")
     with pytest.raises(UsageError, match=r"b\.yaml, line \d"):
         load_study([tmp_path / "b.yaml"], {})
+
+
+def test_a_sampler_is_a_plugin_inside_of_the_search() -> None:
+    study = load_study([], {"search.sampler": "nsga2", "search.sampler.population": 8})
+    assert study.search.sampler == NSGA2(population=8)
+    data = study_to_dict(study)
+    assert data["search"]["sampler"] == {"type": "nsga2", "population": 8}
+    assert study_from_dict(json.loads(json.dumps(data))) == study
+    assert study_from_yaml("search: {sampler: random}").search.sampler == Random()
+    with pytest.raises(UnknownPlugin, match=r"no sampler is called 'ngsa2'\. Did you mean 'nsga2'\?"):
+        study_from_yaml("search: {sampler: ngsa2}")

@@ -45,6 +45,12 @@ from autopeft.config.merge import merge
             {"methods": {"x": {"type": "core"}}},
             {"methods": {"x": {"type": "core"}}},
         ),
+        # a plug-in inside of a part: another type leaves nothing of its settings
+        (
+            {"search": {"trials": 3, "sampler": {"type": "tpe", "startup": 5}}},
+            {"search": {"sampler": {"type": "gp"}}},
+            {"search": {"trials": 3, "sampler": {"type": "gp"}}},
+        ),
         # what is wrong is kept as it is, for the decoder to name
         ({"train": 3}, {"train": {"epochs": 2}}, {"train": {"epochs": 2}}),
         ({"scorer": 3}, {"scorer": "fisher"}, {"scorer": {"type": "fisher"}}),

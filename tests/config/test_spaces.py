@@ -20,15 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_named_spaces() -> None:
     masks = ("memcontrol_attention", "memcontrol_difffit", "memcontrol_svdiff")
-    assert space_names() == ("core_only", "lora_only", *masks, "mixed_methods")
+    assert space_names() == ("core_only", "lora_only", *masks, "mixed_methods", "tradeoff", "wide")
 
 
-@pytest.mark.parametrize("name", ["core_only", "lora_only", "mixed_methods"])
+@pytest.mark.parametrize("name", ["core_only", "lora_only", "mixed_methods", "tradeoff", "wide"])
 def test_every_knob_leads_somewhere_in_the_study(default: Study, name: str) -> None:
     space = load_space(name)
     named = {f"gain.methods.{key}" for key in METHODS} - {f"gain.methods.{key}" for key in default.methods}
-    assert 8 <= len({knob.path for knob in space} - named) <= 16, "knobs that matter to the default study"
-    assert set(space.defaults) == {knob.path for knob in space}
+    count = len({knob.path for knob in space} - named)
+    assert count == 12 if name == "mixed_methods" else 8 <= count <= (24 if name == "wide" else 12), (
+        "knobs that matter to the default study"
+    )
+    # LoRA has no alpha until one is given.
+    assert set(space.defaults) == {knob.path for knob in space} - {"methods.lora.alpha"}
     assert override(default, space.defaults).train == default.train, "learning rates start at their defaults"
     for knob in space:
         for value in (knob.low, knob.high, *knob.choices):
@@ -36,7 +40,7 @@ def test_every_knob_leads_somewhere_in_the_study(default: Study, name: str) -> N
                 override(default, {knob.path: value})
 
 
-@pytest.mark.parametrize("name", ["core_only", "lora_only", "mixed_methods"])
+@pytest.mark.parametrize("name", ["core_only", "lora_only", "mixed_methods", "tradeoff", "wide"])
 def test_the_defaults_leave_every_gain_as_it_is(default: Study, name: str) -> None:
     gain = override(default, load_space(name).defaults).gain
     assert gain.correct(0.04, "lora", "qkv", 0.5) == default.gain.correct(0.04, "lora", "qkv", 0.5)
@@ -48,6 +52,13 @@ def test_the_mixed_space_is_relative_to_core() -> None:
     knob = next(k for k in load_space("mixed_methods") if k.path == "gain.methods.lora")
     assert (knob.low, knob.high, knob.log, knob.default) == (0.125, 8.0, True, 1.0)
     assert math.isclose(math.sqrt(0.125 * 8.0), 1.0), "the default is the middle of the logarithmic range"
+
+
+def test_the_wide_space_has_everything_of_the_mixed_one_and_alpha_and_decay() -> None:
+    mixed = {knob.path: knob for knob in load_space("mixed_methods")}
+    wide = {knob.path: knob for knob in load_space("wide")}
+    assert mixed.items() <= wide.items()
+    assert {"methods.lora.alpha", "train.weight_decay", "gain.depth_curvature"} <= set(wide) - set(mixed)
 
 
 def test_a_space_from_a_file(tmp_path: Path) -> None:

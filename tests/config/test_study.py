@@ -9,6 +9,7 @@ import pytest
 
 from autopeft.config.study import DEFAULT_METHODS, DataSettings, SearchSettings, Study
 from autopeft.errors import UnknownKey, UsageError
+from autopeft.search.tpe import TPE
 
 
 def test_the_default_study_is_the_bundled_task_with_every_method(default: Study) -> None:
@@ -30,6 +31,8 @@ def test_the_default_study_is_the_bundled_task_with_every_method(default: Study)
         "tokens": "Tokens",
     }
     assert default.search == SearchSettings(trials=10, time_limit=None, space="mixed_methods", seeds=3, tries=2)
+    assert default.search.sampler == TPE(startup=10)
+    assert (default.search.front, default.goals.mode, default.spend) == ("auto", "first", 1.0)
     names = [type(getattr(default, n)).__name__ for n in ("scorer", "allocator", "backend", "task", "reward")]
     assert names == ["Fisher", "Knapsack", "Native", "Classification", "Metric"]
 
@@ -101,6 +104,19 @@ def test_data_settings_are_checked(values: dict[str, Any], message: str) -> None
 def test_search_settings_are_checked(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SearchSettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"spend": 0.0}, "spend must be above 0 and at most 1, got 0.0"),
+        ({"search": SearchSettings(limits={"f1": 0.5})}, "search.limits has no goal 'f1'; the reward's are top1"),
+        ({"search": SearchSettings(front="epsilon")}, "needs a limit on a goal"),
+    ],
+)
+def test_goals_and_limits_must_fit_each_other(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Study(**values)
 
 
 def test_importing_the_study_imports_no_torch() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from autopeft.config.override import override
 from autopeft.config.spaces import load_space
 from autopeft.config.study import DEFAULT_METHODS, Study
 from autopeft.core.space import Knob, Space
@@ -30,6 +31,14 @@ def test_knobs_of_what_the_study_lacks_are_left_out() -> None:
         "gain.methods.lora", "gain.exponent", "train.lr.matrix", "train.lr.head",
     ]  # fmt: skip
     assert relevant_space(SPACE, study) == SPACE
+
+
+def test_knobs_of_settings_that_nobody_has_are_left_out() -> None:
+    study = Study()
+    knobs = (Knob("scorer.power", choices=(0.25, 0.5)), Knob("methods.lora.alpha", 1.0, 2.0))
+    assert paths(relevant_space(Space(knobs), study)) == ["scorer.power", "methods.lora.alpha"]
+    other = override(study, {"scorer": "magnitude", "methods": ["core"]})
+    assert paths(relevant_space(Space(knobs), other)) == []
 
 
 def test_the_default_space_of_the_default_study() -> None:

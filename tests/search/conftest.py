@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy.event
 from sqlalchemy.engine import Engine
 
+from autopeft.core.goals import Goals
 from autopeft.core.space import Knob, Space
 from autopeft.search.optuna_study import OptunaSearcher
 
@@ -43,7 +44,7 @@ def url(tmp_path: Path) -> str:
 @pytest.fixture
 def open_(url: str, space: Space) -> Callable[..., OptunaSearcher]:
     def make(**changes: Any) -> OptunaSearcher:
-        settings: dict[str, Any] = {"seed": 1, "goal": "maximize", "metric": "top1", "max_epochs": 9} | changes
+        settings: dict[str, Any] = {"seed": 1, "goals": Goals(("top1",), ("maximize",)), "max_epochs": 9} | changes
         return OptunaSearcher.open(settings.pop("url", url), "study", settings.pop("space", space), **settings)
 
     return make

@@ -4,26 +4,57 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.core.contracts import Searcher
+from autopeft.core.contracts import Sampler, Searcher
+from autopeft.core.goals import Goals
 from autopeft.core.space import Space
 from autopeft.errors import AutopeftError
+from autopeft.search.gp import GP
+from autopeft.search.nsga2 import NSGA2
 from autopeft.search.optuna_study import OptunaSearcher
+from autopeft.search.random import Random
+from autopeft.search.tpe import TPE
 from autopeft.testing.broken_searchers import BROKEN, NotebookSearcher
 from autopeft.testing.searcher_laws import SearcherLaws
 
+ONE = Goals(("merit",), ("maximize",))
 LAWS = sorted(name for name in vars(SearcherLaws) if name.startswith("test_"))
 
 
-class TestOptunaSearcher(SearcherLaws):
+def _open(laws: SearcherLaws, folder: Path, seed: int, sampler: Sampler, goals: Goals = ONE) -> Searcher:
+    url = f"sqlite:///{folder / 'study.db'}"
+    searcher = OptunaSearcher.open(
+        url, "laws", laws.space, seed=seed, goals=goals, max_epochs=4, sampler=sampler, eta=2
+    )
+    searcher.reap()
+    return searcher
+
+
+class TestTPE(SearcherLaws):
     trials = 3
 
     def open(self, folder: Path, seed: int) -> Searcher:
-        url = f"sqlite:///{folder / 'study.db'}"
-        searcher = OptunaSearcher.open(
-            url, "laws", self.space, seed=seed, goal="maximize", max_epochs=4, startup=2, eta=2
-        )
-        searcher.reap()
-        return searcher
+        return _open(self, folder, seed, TPE(startup=2))
+
+
+class TestRandom(SearcherLaws):
+    trials = 3
+
+    def open(self, folder: Path, seed: int) -> Searcher:
+        return _open(self, folder, seed, Random())
+
+
+class TestNSGA2(SearcherLaws):
+    trials = 4
+
+    def open(self, folder: Path, seed: int) -> Searcher:
+        return _open(self, folder, seed, NSGA2(population=2))
+
+
+class TestGP(SearcherLaws):
+    trials = 3
+
+    def open(self, folder: Path, seed: int) -> Searcher:
+        return _open(self, folder, seed, GP(startup=2))
 
 
 class TestNotebookSearcher(SearcherLaws):

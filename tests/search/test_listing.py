@@ -6,6 +6,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from autopeft.core.goals import Goals
 from autopeft.core.outcome import Outcome
 from autopeft.errors import StoreError, UsageError
 from autopeft.search.listing import list_studies, read_payload
@@ -25,7 +26,7 @@ def test_rows(open_: Open, url: str) -> None:
 
 
 def test_the_best_of_a_minimised_study_is_the_smallest(open_: Open, url: str) -> None:
-    searcher = open_(goal="minimize")
+    searcher = open_(goals=Goals(("top1",), ("minimize",)))
     assert list_studies(url)[0]["best"] is None
     for value in (0.25, 0.5):
         searcher.tell(searcher.ask().number, Outcome("done", {"top1": value}), (value,))

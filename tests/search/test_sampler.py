@@ -11,6 +11,7 @@ from optuna.trial import TrialState, create_trial
 from autopeft.core.space import Knob, Space
 from autopeft.search.knobs import distributions, suggest_all
 from autopeft.search.sampler import HistorySampler
+from autopeft.search.tpe import TPE
 from autopeft.training.seeds import derive_seed
 
 SPACE = Space(tuple(Knob(f"k{i}", 0.0, 1.0) for i in range(3)))
@@ -23,7 +24,7 @@ def _quiet() -> None:
 
 
 def _study(n: int = 8, startup: int = 4, edit: Edit = lambda study: None, seed: int = 3) -> optuna.Study:
-    study = optuna.create_study(direction="maximize", sampler=HistorySampler(SPACE, seed, startup))
+    study = optuna.create_study(direction="maximize", sampler=HistorySampler(SPACE, seed, TPE(startup)))
     for i in range(n):
         values = {f"k{j}": ((7 * i + 3 * j) % 11) / 11 for j in range(3)}
         study.add_trial(create_trial(params=values, distributions=distributions(SPACE), value=-sum(values.values())))

@@ -12,10 +12,12 @@ import json
 import sys
 import time
 
+from autopeft.core.goals import Goals
 from autopeft.core.outcome import Outcome
 from autopeft.core.record import Trial
 from autopeft.core.space import Knob, Space
 from autopeft.search.optuna_study import OptunaSearcher
+from autopeft.search.tpe import TPE
 
 RATE, KIND = Knob("rate", 1e-4, 1.0, log=True), Knob("kind", choices=(1, 2, "x"))
 SPACE = Space((Knob("a", 0.0, 1.0, default=0.5), RATE, KIND))
@@ -44,10 +46,9 @@ def main(url: str, total: int, pause: float, flags: list[str]) -> None:
         "kill",
         SPACE,
         seed=5,
-        goal="maximize",
-        metric="merit",
+        goals=Goals(("merit",), ("maximize",)),
         max_epochs=EPOCHS,
-        startup=4,
+        sampler=TPE(4),
         identity={"data": "d"},
     )
     known = {trial.name for trial in searcher.finished()}
