@@ -141,7 +141,11 @@ class Core:
         return CoreAdapter(site, host, u, v, extent, stored=self.basis not in RECOMPUTED)
 
     def gains(self, site: Site, evidence: Evidence, sizes: Sequence[int]) -> tuple[float, ...]:
-        """Squared norm of what is trained of `U^T S V`, S the signal: the energy of M's own gradient at step 0."""
+        """Squared norm of what is trained of `U^T S V`, S the signal: the energy of M's own gradient at step 0.
+
+        Between bases that were made from S itself (`gradient`) this counts noise as gain, three times and more of what
+        other data would show (`studies/cores`): discount it by `gain.methods` on a menu of several bases.
+        """
         return shape_energies(self.shape, self.block, self._squares(site, evidence), sizes)
 
     def select(self, site: Site, evidence: Evidence, size: int) -> Indices | None:
