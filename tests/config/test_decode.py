@@ -26,6 +26,22 @@ def test_an_empty_file_is_the_default_study(default: Study) -> None:
     assert study_from_dict({}) == default
 
 
+def test_a_task_brings_its_own_defaults(default: Study, tmp_path: Path) -> None:
+    study = load_study([], {"task": "diffusion"})
+    assert study.model.spec == "bundled:unet_tiny_fashion"
+    assert study.data.spec.startswith("digits?planted=")
+    assert (study.reward.goals, study.reward.names) == (("minimize",), ("denoising_loss",))
+    assert not study.head_warmup
+    assert study_from_yaml("task: {type: diffusion, snr_gamma: 5}").reward == study.reward
+    assert study_from_dict(study_to_dict(study)) == study
+    file = tmp_path / "study.yaml"
+    file.write_text("{task: diffusion, data: {spec: pictures, batch_size: 8}, head_warmup: true}")
+    own = load_study([file], {"model.spec": "diffusers:here#unet"})
+    assert (own.data.spec, own.data.batch_size, own.head_warmup) == ("pictures", 8, True)
+    assert own.model.spec == "diffusers:here#unet"
+    assert load_study([], {"task": "classification"}) == default
+
+
 def test_a_study_as_a_person_writes_it(default: Study) -> None:
     study = study_from_yaml(
         """

@@ -23,6 +23,14 @@ def test_entries_come_back_as_they_were(tmp_path):
     assert ledger.sample_epochs("inner") == 0
 
 
+def test_merits_that_are_no_hits_come_back_exactly(tmp_path):
+    merits = -np.random.default_rng(0).random(7)
+    Ledger(tmp_path).put("k", Entry(entry().outcome, merits, 5))
+    found = Ledger(tmp_path).get("k").merits
+    assert found.dtype == np.float64
+    assert found.tolist() == merits.tolist()
+
+
 def test_a_damaged_entry_counts_as_absent(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.put("k", entry())

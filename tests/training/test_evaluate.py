@@ -36,6 +36,21 @@ def test_figures_equal_the_predictions(insert: Callable[..., Any]) -> None:
     assert result.split == "outer"
 
 
+class _Loss(ToyTask):
+    """Judges each sample by a loss, of which less is better."""
+
+    def judge(self, model: Any, split: Any) -> tuple[dict[str, float], torch.Tensor]:
+        losses = torch.arange(1.0, 17.0, dtype=torch.float64)
+        return {"loss": float(losses.mean())}, -losses
+
+
+def test_a_task_may_judge_its_samples_itself(insert: Callable[..., Any]) -> None:
+    result = evaluate(insert().model, _Loss(), "outer", "cpu")
+    assert dict(result.metrics) == {"loss": 8.5}
+    assert result.merits.tolist() == [-float(i) for i in range(1, 17)]
+    assert result.interval[0] < 8.5 < result.interval[1]
+
+
 def test_not_a_number_is_not_an_accuracy(insert: Callable[..., Any]) -> None:
     inserted = insert()
     inserted.model.head.weight.data.fill_(float("nan"))
