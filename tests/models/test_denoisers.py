@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,19 @@ def test_without_diffusers_the_extra_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MissingDependency, match=r"pip install 'autopeft\[diffusion\]'") as caught:
         load_model(ModelSpec(f"diffusers:{folder}"))
     assert caught.value.exit_code == 5
+
+
+def test_the_bundled_denoiser() -> None:
+    loaded = load_model(ModelSpec("bundled:unet_tiny_fashion"))
+    folder = Path(loaded.data_config["diffusion"]["folder"])
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 5_000_000
+    facts = json.loads((folder / "training.json").read_text())
+    # Noise of unit variance: a model that gives nothing has a loss of 1.
+    assert facts["test_denoising_loss"] < 0.12
+    catalog = loaded.reset_head(10, seed=0)
+    assert (catalog.n_base, catalog.n_head, catalog.head) == (699_633, 704, ("class_embedding",))
+    model: Any = loaded.model
+    assert model.class_embedding.num_embeddings == facts["empty_label"] + 1
+    assert loaded.data_config["input_size"] == (1, 16, 16)
+    with pytest.raises(UnknownModel, match="it holds unet_tiny_fashion, vit_tiny_fashion"):
+        load_model(ModelSpec("bundled:absent"))

@@ -21,7 +21,11 @@ from autopeft.models.spec import ModelSpec
         ("transformers:google/vit", UsageError, ["'transformers' are not supported yet", "a timm name", "hf-hub:"]),
         ("diffusers:no/such/folder#unet", UnknownModel, ["names no folder that exists here", "OWNER/NAME"]),
         ("tf:resnet", UnknownModel, ["unknown kind of model 'tf'", "py:package.module:function"]),
-        ("bundled:vit_huge", UnknownModel, ["no model called 'vit_huge'", "it holds vit_tiny_fashion"]),
+        (
+            "bundled:vit_huge",
+            UnknownModel,
+            ["no model called 'vit_huge'", "it holds unet_tiny_fashion, vit_tiny_fashion"],
+        ),
         ("local-dir:no/such/folder", UnknownModel, ["no folder 'no/such/folder'"]),
     ],
 )
