@@ -156,11 +156,11 @@ class KernelTiles(ABC):
             grad: the gradient of the change in these columns, to take in; None for none.
         """
         kernel, number = self.value(start, stop), start * len(self.B)
-        if grad is not None:
-            # From a product the other way round, whose copy is quick.
-            pulled = torch.empty_like(kernel).copy_(grad)
-            self.pull(sparsifier.pull_(pulled, kernel, cut, number))
-        return sparsifier.apply_(kernel, cut, number, offset)
+        pulled = None if grad is None else torch.empty_like(kernel).copy_(grad)
+        change = sparsifier.work_(kernel, cut, number, offset, pulled)
+        if pulled is not None:
+            self.pull(pulled)
+        return change
 
 
 class _Plain(KernelTiles):
@@ -235,13 +235,24 @@ class _Half:
         torch.mm(self._b, weight, out=self._grad_a[:, start:stop])
         self._grad_b.addmm_(self._a[:, start:stop], weight.T)
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        return _pulled(self._a, self._grad_a), _pulled(self._b, self._grad_b)
+    def gradients(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return _pulled(self._a, self._grad_a, scale), _pulled(self._b, self._grad_b, scale)
 
 
-def _pulled(factor: Tensor, grad: Tensor) -> Tensor:
-    """`(sum of the weights) a - (weighted sum of b)`, (n, q)."""
-    return (grad[-1] * factor[:-1] - grad[:-1]).T
+def _pulled(factor: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
+    """`(sum of the weights) a - (weighted sum of b)`, scaled, (n, q)."""
+    return (scale * (grad[-1] * factor[:-1] - grad[:-1])).T
+
+
+def _over(grad: Tensor, distance: Tensor) -> Tensor:
+    """`grad / distance` in the place of the distances; 0 where there is none, which has no direction."""
+    if distance.device.type == "cpu":
+        # To look is cheaper than to write.
+        nowhere = float(distance.amin()) == 0.0
+        zero = distance == 0 if nowhere else None
+        weight = torch.div(grad, distance, out=distance)
+        return weight if zero is None else weight.masked_fill_(zero, 0.0)
+    return distance.reciprocal_().nan_to_num_(0.0, 0.0, 0.0).mul_(grad)
 
 
 class Distances(KernelTiles):
@@ -261,8 +272,7 @@ class Distances(KernelTiles):
         """See `KernelTiles.value`."""
         first, second = (half.distance(start, stop) for half in self.halves)
         self._last = (start, stop, first, second)
-        value = torch.mul(first, self.s[0])
-        value += second * self.s[1]
+        value = torch.mul(first, self.s[0]).addcmul_(second, self.s[1])
         if self._mixed:
             value += self._shares(value).mul_(self.s[2]) + self.s[4]
         return value
@@ -280,9 +290,11 @@ class Distances(KernelTiles):
         for i, (half, distance) in enumerate(zip(self.halves, distances, strict=True)):
             if self._learn:
                 self._grad_s[i] += (grad * distance).sum()
-            # No direction where there is no distance.
-            weight = distance.reciprocal_().nan_to_num_(0.0, 0.0, 0.0).mul_(grad).mul_(self.s[i])
-            half.pull(weight, start, stop)
+            half.pull(_over(grad, distance), start, stop)
+
+    def _pulls(self) -> Tensor:
+        """What the gradients of the halves are still to be multiplied by."""
+        return self.s[:2]
 
     def _through_softmax(self, grad: Tensor, base: Tensor) -> Tensor:
         """From the gradient of the mixed kernel to that of the piecewise one in it."""
@@ -299,7 +311,7 @@ class Distances(KernelTiles):
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `KernelTiles.gradients`."""
-        (a1, b1), (a2, b2) = (half.gradients() for half in self.halves)
+        (a1, b1), (a2, b2) = (half.gradients(s) for half, s in zip(self.halves, self._pulls(), strict=True))
         return torch.cat((a1, a2), 1), torch.cat((b1, b2), 1), self._grad_s
 
 

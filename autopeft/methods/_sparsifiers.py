@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from autopeft.methods._bracket import Bracket, within
+
 __all__ = ["Cut", "Sparsifier", "SparsifierName", "dense_cut", "kept_entries", "streamed_cut"]
 
 SparsifierName = Literal["soft", "square", "hard", "none"]
@@ -18,6 +20,9 @@ SparsifierName = Literal["soft", "square", "hard", "none"]
 
 _DIGIT = 16
 """Bits of a magnitude that one pass over the tiles settles."""
+
+_FEW = 16
+"""Entries for each that may be gathered."""
 
 
 def kept_entries(sparsity: float, entries: int) -> int:
@@ -86,30 +91,32 @@ class Sparsifier:
 
     def apply_(self, kernel: Tensor, cut: Cut | None, start: int, offset: Tensor | None) -> Tensor:
         """`apply` without a gradient, in the place of the kernel."""
-        if cut is not None:
-            magnitude = kernel.abs()
-            mask = cut.mask(magnitude, start)
-            if self.name == "soft":
-                kernel *= magnitude.sub_(cut.level)
-            elif self.name == "square":
-                kernel *= magnitude
-        if offset is not None:
-            kernel -= offset
-        if cut is not None:
-            kernel *= mask
-        return kernel
+        return self.work_(kernel, cut, start, offset, None)
 
     def pull_(self, grad: Tensor, kernel: Tensor, cut: Cut | None, start: int) -> Tensor:
         """From the gradient of the change to that of the kernel, in its place."""
-        if cut is None:
-            return grad
-        magnitude = kernel.abs()
-        grad *= cut.mask(magnitude, start)
-        if self.name == "soft":
-            grad *= magnitude.mul_(2.0).sub_(cut.level)
-        elif self.name == "square":
-            grad *= magnitude
+        self.work_(kernel.clone(), cut, start, None, grad)
         return grad
+
+    def work_(self, kernel: Tensor, cut: Cut | None, start: int, offset: Tensor | None, grad: Tensor | None) -> Tensor:
+        """`apply_`, and `pull_` where there is a gradient: magnitudes and mask are made once for both."""
+        if cut is None:
+            return kernel if offset is None else kernel.sub_(offset)
+        magnitude = kernel.abs()
+        mask = cut.mask(magnitude, start)
+        if self.name == "soft":
+            magnitude.sub_(cut.level)
+        if grad is not None:
+            grad *= mask
+            if self.name == "square":
+                grad *= magnitude
+        if self.name != "hard":
+            kernel *= magnitude
+        if grad is not None and self.name == "soft":
+            grad *= magnitude.mul_(2.0).add_(cut.level)
+        if offset is not None:
+            kernel -= offset
+        return kernel.mul_(mask)
 
     def start(self, column: Tensor, kept: int, out_features: int) -> Tensor:
         """What v must be for the change to be zero while every row of the kernel equals `column` (in,).
@@ -138,23 +145,40 @@ def dense_cut(kernel: Tensor, kept: int) -> Cut:
     return Cut(level, int(equal.nonzero()[left - 1]) + 1 if left else 0)
 
 
-def streamed_cut(sweep: Callable[[], Iterable[Tensor]], entries: int, kept: int, like: Tensor) -> Cut:
-    """The same cut from tiles, each seen once per pass: two passes in float32, four in float64.
+def streamed_cut(
+    sweep: Callable[[], Iterable[Tensor]], entries: int, kept: int, like: Tensor, bracket: Bracket | None = None
+) -> Cut:
+    """The same cut from tiles, each seen once per pass.
 
     The bits of a magnitude, read as a number, are ordered as the magnitudes are. Each pass counts the entries per value
     of the next 16 bits and goes on inside of the one that holds the wanted rank, so that the last one ends at the exact
-    value. Counts are whole numbers: the result depends on nothing but the values. A further pass is taken when several
-    entries equal the level and some of them are kept.
+    value: two passes in float32, four in float64. On the CPU the second pass gathers what the first one has left over,
+    when that is little, and ends there; and a bracket that holds makes one such pass of it all. Counts are whole
+    numbers: the result depends on nothing but the values. A further pass is taken when several entries equal the level
+    and some of them are kept.
 
     Args:
         sweep: yields the kernel from its first column to its last in tiles (out, n), the same ones at every call.
         entries: entries of all tiles together.
         kept: how many of them are to be kept.
         like: a tensor of the kernel's dtype and device.
+        bracket: where the level is looked for first; learns it.
     """
     zeroed = entries - kept
     if not zeroed:
         return Cut(like.new_zeros(()), entries)
+    cpu = like.device.type == "cpu"
+    found = None
+    if cpu and bracket is not None and (span := bracket.range()) is not None:
+        found = within(sweep, zeroed, *span, entries // _FEW)
+    level, left = found or _digits(sweep, zeroed, like, entries // _FEW if cpu else 0)
+    if cpu and bracket is not None:
+        bracket.note(float(level))
+    return Cut(level, _bound(sweep, level, left) if left else 0)
+
+
+def _digits(sweep: Callable[[], Iterable[Tensor]], zeroed: int, like: Tensor, few: int) -> tuple[Tensor, int]:
+    """The level, and how many entries that equal it are kept; gathered as soon as no more than a few are left."""
     kind = torch.int32 if like.dtype == torch.float32 else torch.int64
     rank = torch.tensor(zeroed, device=like.device)
     prefix = torch.zeros((), dtype=kind, device=like.device)
@@ -172,9 +196,13 @@ def streamed_cut(sweep: Callable[[], Iterable[Tensor]], entries: int, kept: int,
         equal = counts[digit]
         rank = rank - (below[digit] - equal)
         prefix = base + (digit - 1).to(kind)
-    level = prefix.view(like.dtype)
-    left = int(equal - rank)
-    return Cut(level, _bound(sweep, level, left) if left else 0)
+        if shift and few and int(equal) <= few:
+            low, high = prefix << shift, (prefix << shift) + ((1 << shift) - 1)
+            span = float(low.view(like.dtype)), float(high.view(like.dtype))
+            found = within(sweep, zeroed, *span, few)
+            if found is not None:
+                return found
+    return prefix.view(like.dtype), int(equal - rank)
 
 
 def _count(counts: Tensor, digits: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from autopeft.core.site import Site
+from autopeft.methods._bracket import Bracket
 from autopeft.methods._kernels import Kernel, KernelTiles
 from autopeft.methods._snell_triton import fused_tiles
 from autopeft.methods._sparsifiers import Cut, Sparsifier, dense_cut, streamed_cut
@@ -145,7 +146,7 @@ class Change:
             cut = dense_cut(kernel, self.kept)
         return self.sparsifier.apply(kernel, cut, 0, offset)
 
-    def cut(self, A: Tensor, B: Tensor, s: Tensor, geometry: Geometry) -> Cut | None:
+    def cut(self, A: Tensor, B: Tensor, s: Tensor, geometry: Geometry, bracket: Bracket | None = None) -> Cut | None:
         """The cut of these factors, found in passes over tiles; None where no entry is zeroed."""
         if self.sparsifier.name == "none":
             return None
@@ -155,7 +156,7 @@ class Change:
             def sweep() -> Iterator[Tensor]:
                 return (tiles.value(*columns) for columns in geometry.tiles(0, geometry.columns, self.tile))
 
-            return streamed_cut(sweep, len(A) * len(B), self.kept, A)
+            return streamed_cut(sweep, len(A) * len(B), self.kept, A, bracket)
 
 
 class TiledProduct(Function):

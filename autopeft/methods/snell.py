@@ -17,6 +17,7 @@ from autopeft.core.menu import Indices, Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
+from autopeft.methods._bracket import Bracket
 from autopeft.methods._host import host_tensor, is_plain, new_parameter
 from autopeft.methods._kernels import Kernel, KernelName
 from autopeft.methods._sizes import check_size, powers_of_two
@@ -220,6 +221,7 @@ class SNELLAdapter(Adapter):
             self._of_seed: int | None = None
             self._looked: tuple[Tensor, int] | None = None
         self._counted: tuple[Tensor, int, int] | None = None
+        self._bracket = Bracket()
         cpu = self.A.device.type == "cpu"
         self.tile, self.panel = (_TILE, _PANEL) if cpu else (_TILE_ELSEWHERE,) * 2
         self._smallest = _SMALLEST if cpu else _SMALLEST_ELSEWHERE
@@ -266,7 +268,7 @@ class SNELLAdapter(Adapter):
     def _tiled(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         A, B, scalars, offset = self._inputs()
         change = self._change(self.geometry.scalars(x))
-        cut = change.cut(A.detach(), B.detach(), scalars.detach(), self.geometry)
+        cut = change.cut(A.detach(), B.detach(), scalars.detach(), self.geometry, self._bracket)
         product: Tensor = TiledProduct.apply(x, A, B, scalars, offset, weight, bias, change, self.geometry, cut)
         return product
 

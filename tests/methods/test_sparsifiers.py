@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autopeft.methods._bracket import Bracket, within
 from autopeft.methods._sparsifiers import Cut, Sparsifier, dense_cut, kept_entries, streamed_cut
 
 
@@ -62,7 +64,52 @@ def test_streamed_level_is_the_exact_value(dtype: torch.dtype, width: int) -> No
         assert int(one.mask(kernel.abs(), 0).sum()) == kept
 
 
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0, 1.25, -2.0, 3.0, math.inf, math.nan]), min_size=12, max_size=12),
+    st.integers(1, 12),
+    st.floats(0, 3.5),
+    st.floats(0, 3.5),
+    st.booleans(),
+)
+def test_a_range_holds_the_rank_or_says_no(values: list[float], rank: int, one: float, other: float, double: bool):
+    """Against a sort, in which what is no number comes last; a range that misses the rank gives nothing."""
+    kernel = torch.tensor(values, dtype=torch.float64 if double else torch.float32).view(3, 4)
+    low, high = min(one, other), max(one, other)
+    found = within(lambda: in_tiles(kernel, 2), rank, low, high, 12)
+    ordered = kernel.abs().flatten().sort().values
+    level = ordered[rank - 1]
+    if float(torch.tensor(low, dtype=kernel.dtype)) <= level <= float(torch.tensor(high, dtype=kernel.dtype)):
+        assert found is not None
+        assert torch.equal(found[0], level)
+        assert found[1] == int((ordered[rank:] == level).sum())
+        assert within(lambda: in_tiles(kernel, 2), rank, low, high, 0) is None
+    else:
+        assert found is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bracket_changes_passes_and_nothing_else(dtype: torch.dtype) -> None:
+    """A slowly moving kernel takes one pass, one that jumps takes more; the cut is that of the whole kernel."""
+    torch.manual_seed(0)
+    kernel, bracket, passes = torch.randn(60, 70, dtype=dtype), Bracket(), []
+
+    def sweep() -> Iterator[Tensor]:
+        passes[-1] += 1
+        return in_tiles(kernel, 9)
+
+    for scale in (1.0, 1.001, 1.002, 1.005, 5.0, 1.0, 1e-6, 1.0, 0.0, 1.0, 1.0):
+        kernel = torch.randn(60, 70, dtype=dtype).mul_(1e-4).add_(kernel).mul_(scale)
+        if not scale:
+            kernel = torch.randn(60, 70, dtype=dtype)
+        passes.append(0)
+        expected, found = dense_cut(kernel, 420), streamed_cut(sweep, 4200, 420, kernel, bracket)
+        assert (float(found.level), found.bound) == (float(expected.level), expected.bound)
+    assert passes[1] == passes[2] == passes[3] == passes[5] == 1
+    assert min(passes[0], passes[4]) > 1
+
+
 def test_constant_kernel_is_neither_empty_nor_dense() -> None:
+    """Oracle T17."""
     kernel = torch.full((5, 4), -2.0)
     for kept in range(21):
         for cut in (dense_cut(kernel, kept), streamed(kernel, kept, 1)):
@@ -70,7 +117,7 @@ def test_constant_kernel_is_neither_empty_nor_dense() -> None:
 
 
 def test_more_entries_than_quantile_takes() -> None:
-    """2^24 + 4096 entries, the count exact and the level that of a sort of the neighbourhood."""
+    """Oracle T17: 2^24 + 4096 entries, the count exact and the level that of a sort of the neighbourhood."""
     shape = (4096, 4097)
     kernel = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     kernel.view(-1)[::7] = 0.25
