@@ -17,7 +17,10 @@ from torch.autograd import Function
 __all__ = ["SparseConv", "SparseLinear", "gathered_conv"]
 
 _CHUNK = 1 << 20
-"""Scalars in one gathered block of the backward."""
+"""Scalars in one gathered block of the backward, at most."""
+
+_SHARE = 32
+"""Scalars of an input for each scalar of a gathered block, which then does not show beside it."""
 
 _CSR_DENSITY = 0.02
 """Largest share of a weight's entries for which a compressed product is cheaper than a dense one."""
@@ -237,7 +240,7 @@ def gathered_conv(
 
 def _gathered(grad: Tensor, x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """`sum over tokens of grad[:, rows[i]] * x[:, columns[i]]` for every i."""
-    step = max(1, _CHUNK // max(1, len(x)))
+    step = max(1, min(_CHUNK, x.numel() // _SHARE) // max(1, len(x)))
     parts = [
         (grad.index_select(1, rows[i : i + step]).to(dtype) * x.index_select(1, columns[i : i + step]).to(dtype)).sum(0)
         for i in range(0, len(rows), step)
