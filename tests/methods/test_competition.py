@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from autopeft.training.settings import LearningRates, TrainSettings
 
 
 def test_cubic_golden() -> None:
+    """Oracle T21."""
     n = 10**7
     values = [cubic(t, 0, 100, n, n // 5) for t in (0, 50, 90, 99, 100, 130)]
     assert values == [n, 3_000_000, 2_008_000, 2_000_008, 2_000_000, 2_000_000]
@@ -65,6 +67,7 @@ def test_a_clock_ends_before_the_training_does(total: int, warmup: int, cooldown
 
 
 def test_water_filling_golden() -> None:
+    """Oracle T22."""
     assert share_out([0.7, 0.2, 0.1], [100, 100, 400], 300) == (100, 100, 100)
     assert share_out([0.7, 0.2, 0.1], [100, 100, 400], 600) == (100, 100, 400)
     assert share_out([0.7, 0.2, 0.1], [100, 100, 400], 10) == (7, 2, 1)
@@ -125,6 +128,7 @@ def test_water_levels(members: list[tuple[float, int]], volume: int) -> None:
 
 
 def test_importance_of_a_constant_sensitivity() -> None:
+    """Oracle T23."""
     parameter = nn.Parameter(torch.tensor([2.0, -3.0], dtype=torch.float64))
     watch = Importance(parameter, 0.85, 0.85)
     gradient = torch.tensor([0.5, 1.0], dtype=torch.float64)
@@ -176,8 +180,9 @@ SETTINGS = TrainSettings(epochs=4, lr=LearningRates(matrix=2e-2, entries=2e-2))
 
 
 @contextmanager
-def _inserted(name: str, group: str = "*") -> Iterator[tuple[Any, Competing]]:
+def _inserted(name: str, group: str = "*", **fields: Any) -> Iterator[tuple[Any, Competing]]:
     method, size = METHODS[name]
+    method = dataclasses.replace(method, **fields)
     ground = ground_of("vit", torch.float32)
     site = ground.catalog[group]
     chosen = method.select(site, ground.about(site), size)
@@ -232,6 +237,53 @@ def test_the_budget_is_kept_in_every_step_and_exact_at_the_end(name: str) -> Non
             assert totals[0] == part.start > part.end
         assert len({tuple(shares.values()) for shares in task.seen}) > 2
         assert inserted.trainable_count() == trained == sum(p.numel() for p in part.parameters())
+
+
+def _steps(inserted: Any, part: Competing, steps: range, total: int, seed: int) -> list[dict[str, int]]:
+    """Train by hand; the shares in every step."""
+    seen = []
+    for step in steps:
+        inserted.advance(step, total)
+        seen.append(part.shares())
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed + step))
+        for p in part.parameters():
+            p.grad = None
+        inserted.model(x).square().sum().backward()
+        with torch.no_grad():
+            for p in part.parameters():
+                p.add_(torch.sign(p.grad) if p.grad is not None else 0, alpha=-1e-2)
+    return seen
+
+
+@pytest.mark.parametrize("name", METHODS)
+@settings(max_examples=6)
+@given(
+    st.integers(2, 7), st.integers(1, 3), st.integers(0, 50), st.integers(0, 50), st.integers(1, 6), st.integers(0, 9)
+)
+def test_invariants_of_any_schedule(name: str, total: int, every: int, warmup: int, cooldown: int, at: int, seed: int):
+    """Never above what the schedule allows, exact at the end, and the same shares from a state saved on the way."""
+    shares = {"warmup": warmup / 100, "cooldown": cooldown / 100}
+    fields = {"every": every, **({"until": 1 - cooldown / 100} if name == "sparse_pool" else shares)}
+    at = min(at, total - 1)
+    with _inserted(name, **fields) as (inserted, part):
+        seen = _steps(inserted, part, range(at), total, seed)
+        saved = {key: tensor.clone() for key, tensor in inserted.state().items()}
+        watched = {key: tensor.clone() for key, tensor in part.state_dict().items()}
+        seen += _steps(inserted, part, range(at, total), total, seed)
+        assert part.spent == part.end
+    totals = [sum(held.values()) for held in seen]
+    if name == "sparse_pool":
+        assert set(totals) == {part.end}
+    else:
+        clock = Clock(total, warmup / 100, cooldown / 100, every)
+        due = [step for step in range(total) if clock.due(step)]
+        for step, held in enumerate(totals):
+            last = max((d for d in due if d <= step), default=0)
+            assert held == cubic(last, clock.first, clock.last, part.start, part.end) if due[0] <= step else part.start
+    with _inserted(name, **fields) as (inserted, part):
+        inserted.load_state(saved)
+        part.load_state_dict(watched)
+        assert _steps(inserted, part, range(at, total), total, seed) == seen[at:]
 
 
 @pytest.mark.parametrize("name", METHODS)

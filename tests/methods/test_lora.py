@@ -48,6 +48,7 @@ def test_convolution_branch_is_the_dense_change(site_of, build, groups: int, geo
     x = torch.randn(2, 8, 7, 9, dtype=torch.float64)
     dense = adapter.delta()["weight"]
     assert dense.shape == host.weight.shape
+    # Oracle T13: the rank of what is merged.
     assert torch.linalg.matrix_rank(dense.flatten(1)) == 2
     oracle = F.conv2d(x, dense, None, host.stride, host.padding, host.dilation, groups)
     torch.testing.assert_close(adapter.branch(x), oracle)

@@ -105,6 +105,7 @@ def test_scores_are_means_of_both_factors() -> None:
 
 
 def test_the_change_has_as_many_entries_as_were_shared_out() -> None:
+    """Oracle T24, to the entry."""
     for method in (SNELLA(floor=0.0), SNELLA(sparsifier="soft", start="released"), SNELLA(sparsifier="hard")):
         shared = _built(method)
         _give_scores(shared, {"one": 0.0, "two": 5.0})
@@ -124,6 +125,7 @@ def _vit_b() -> Catalog:
 
 
 def test_counts_on_a_vit_b16() -> None:
+    """Oracle T25."""
     catalog = _vit_b()
     by_role = {"*:attn.qkv": 3072, "*:attn.proj": 1536, "*:mlp.fc1": 3840, "*:mlp.fc2": 3840}
     assert sum(by_role.values()) * 12 == 147_456

@@ -34,6 +34,7 @@ ENTRIES = [0, 3, 7, 8, 13, 21, 22, 29]
 
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (2, 2, 3, 5)])
 def test_linear_gradients_equal_the_gathered_dense_ones(site_of, build, monkeypatch, shape: tuple[int, ...]) -> None:
+    """Oracle T11."""
     monkeypatch.setattr(_sparse, "_CHUNK", 16)
     host = nn.Linear(5, 6).double()
     adapter = build(Sparse(), site_of(host), host, len(ENTRIES), ENTRIES)
@@ -108,6 +109,7 @@ def test_linear_gradcheck_first_and_second_order(site_of, build) -> None:
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (2, 2, 3, 5)])
 @pytest.mark.parametrize("compressed", [True, False])
 def test_gradcheck_at_every_rank(site_of, build, monkeypatch, shape: tuple[int, ...], compressed: bool) -> None:
+    """Oracle T11."""
     monkeypatch.setattr(_sparse, "_CSR_DENSITY", 1.0 if compressed else 0.0)
     if not compressed:
         monkeypatch.setattr(_sparse, "_compressible", lambda x, values: False)
@@ -204,7 +206,7 @@ def test_no_dense_gradient_of_a_weight(site_of, build, host: nn.Module) -> None:
 
 
 def test_unchosen_weights_stay_to_the_bit() -> None:
-    """With decay and momentum, under both optimisers, the merged weight differs at the chosen entries alone."""
+    """Oracle T12: with decay and momentum, under both optimisers, the merged weight differs at chosen entries alone."""
     model = tiny_vit()
     catalog = scan(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -267,6 +269,39 @@ def test_nothing_below_the_first_adapter_is_differentiated() -> None:
     assert flags["blocks.1.mlp.fc1"] == (False, True)
 
 
+class _Products(TorchDispatchMode):
+    """Counts the operations that read one of some weights."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self._known = {w.untyped_storage()._cdata for w in weights}
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            given = (a for a in args if isinstance(a, Tensor))
+            self.count += any(a.untyped_storage()._cdata in self._known for a in given)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("where", "products"), [("blocks.1.mlp.fc1", 0), ("blocks.0.attn.qkv", 3)])
+def test_frozen_layers_below_skip_their_input_gradient(where: str, products: int) -> None:
+    """Products of the backward with weights of the first block: none below an adapter in the second, and with one on
+    its own qkv those of proj, fc1 and fc2."""
+    model = tiny_vit()
+    catalog = scan(model)
+    site = next(s for s in catalog if s.module == where)
+    places = places_of(catalog, Sparse(), site)
+    option = Option(site.name, "sparse", 2, Sparse().cost(site, 2), 0.0, places, Indices(np.array([1, 9])))
+    weights = [m.weight for n, m in model.named_modules() if n.startswith("blocks.0.") and isinstance(m, nn.Linear)]
+    assert len(weights) == 4
+    with Native().insert(model, catalog, Allocation((option,), Budget(10**9)), {"sparse": Sparse()}):
+        y = model(torch.randn(2, 3, 8, 8)).sum()
+        with _Products(weights) as seen:
+            y.backward()
+    assert seen.count == products
+
+
 def _peak(make: Callable[[nn.Module], nn.Module | None]) -> int:
     """Most bytes alive in a step of one ViT-B block on two images, one kind of adapter on its four linear layers."""
     torch.manual_seed(0)
@@ -298,6 +333,7 @@ def test_memory_of_a_step_is_at_most_that_of_lora(site_of, build) -> None:
 
 
 def test_backward_makes_nothing_quadratic_in_the_entries(site_of, build, monkeypatch) -> None:
+    """Oracle T12."""
     monkeypatch.setattr(_sparse, "_CHUNK", 1024)
     host = nn.Linear(48, 64)
     site, n = site_of(host), 3000
@@ -320,6 +356,7 @@ def test_forward_keeps_no_dense_copy(site_of, build) -> None:
 
 @pytest.mark.parametrize("host", [nn.Linear(5, 6), nn.Conv2d(3, 6, 2), nn.LayerNorm(6), nn.BatchNorm2d(6)])
 def test_bias_entries(site_of, build, host: nn.Module) -> None:
+    """Oracle T11."""
     site = site_of(host)
     adapter = build(Sparse(slot="bias"), site, host, 2, [1, 4])
     with torch.no_grad():
