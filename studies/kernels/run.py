@@ -203,7 +203,7 @@ def measured(name: str, depth: int, batch: int, rounds: int, device: str, only: 
     model = timm.create_model(name, num_classes=10, **changes).to(device).eval().requires_grad_(False)
     images = torch.randn(batch, 3, 224, 224, device=device)
     catalog = scan(model)
-    entering = {key: enter for key, enter in contestants().items() if not only or key.split()[0] in only}
+    entering = {key: enter for key, enter in contestants().items() if not only or {key, key.split()[0]} & {*only}}
     rows: dict[str, dict[str, Any]] = {}
     for key, enter in entering.items():
         peak, trained = peak_of(enter, model, catalog, images)
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--depth", type=int, default=0, help="blocks to keep; 0 for all")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of timed steps; 0 measures memory alone")
-    parser.add_argument("--only", nargs="*", default=[], help="kinds: floor full mask sparse lora snell")
+    parser.add_argument("--only", nargs="*", default=[], help="kinds or contestants: floor, snell, 'lora 8'")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     given = parser.parse_args()
