@@ -42,6 +42,7 @@ def study_flags(
     seeds: int | None = None,
     space: str | None = None,
     sampler: str | None = None,
+    contenders: str | None = None,
     seed: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def study_flags(
         "search.seeds": seeds,
         "search.space": space,
         "search.sampler": sampler,
+        "search.contenders": contenders,
         "seed": seed,
         "device": device,
     }

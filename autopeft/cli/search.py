@@ -48,6 +48,12 @@ def search(
     sampler: Annotated[
         str | None, typer.Option(help="tpe, random, nsga2 (fronts) or gp (few full trials)", show_default="tpe")
     ] = None,
+    contenders: Annotated[
+        str | None,
+        typer.Option(
+            help="whom to compare with: default, all, or names such as dora,full,s3delta", show_default="default"
+        ),
+    ] = None,
     study: Annotated[str | None, typer.Option(help="name of the Optuna study", show_default="the run's name")] = None,
     storage: Annotated[
         str | None,
@@ -103,6 +109,7 @@ def search(
         seeds=seeds,
         space=space,
         sampler=sampler,
+        contenders=contenders,
         seed=seed,
         device=device,
     )

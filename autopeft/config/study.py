@@ -57,6 +57,12 @@ def _fraction(name: str, value: float | None) -> None:
         raise UsageError(f"{name} must be at least 0 and below 1, got {value!r}")
 
 
+def _as_names(value: Any) -> Any:
+    """`a,b` and lists are tuples of names."""
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    return tuple(parts) if isinstance(parts, list) else parts
+
+
 @dataclass(frozen=True, slots=True)
 class DataSettings:
     """Which data, and how it is cut and read.
@@ -109,6 +115,7 @@ class SearchSettings:
         front: what is made of a reward with several goals: `first`, `epsilon`, `pareto`, or `auto`, see
             `autopeft.core.goals.Front`.
         limits: goal to the worst value that is allowed, for the others than the first.
+        contenders: whom our plans are compared with at the same budget: names, `default`, `all`, or several of these.
 
     Raises:
         UsageError: naming the field and the value that is out of range.
@@ -122,6 +129,7 @@ class SearchSettings:
     sampler: Annotated[Sampler, Plugin("search")] = field(default_factory=lambda: _builtin("search", "tpe"))
     front: Front = "auto"
     limits: Mapping[str, float] = field(default_factory=dict)
+    contenders: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = ("default",)
 
     def __post_init__(self) -> None:
         _whole("search.trials", self.trials, 0)
@@ -129,6 +137,8 @@ class SearchSettings:
         _whole("search.tries", self.tries, 1)
         if self.time_limit is not None and not self.time_limit > 0:
             raise UsageError(f"search.time_limit must be more than 0 seconds, got {self.time_limit!r}")
+        if not self.contenders or not all(name.strip() for name in self.contenders):
+            raise UsageError("search.contenders is empty; write default, all, or names such as uniform_lora")
         if not self.space.strip():
             raise UsageError("search.space is empty; give the name of a search space, or the path of its file")
 

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from autopeft.core.outcome import Outcome
 
-__all__ = ["Contender", "Record", "Role", "Trial"]
+__all__ = ["Contender", "Record", "Role", "Standing", "Trial"]
 
-Role = Literal["baseline", "default", "trial"]
+Role = Literal["baseline", "default", "trial", "reference"]
+"""A `reference` trains more than the budget: it is shown, never chosen or exported, and no part of any verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a contender was tuned, or why it did not compete.
+
+    Attributes:
+        reason: why it could not compete at this budget; empty when it did.
+        note: what has to be said beside its result, such as that it exceeds the budget.
+        variants: name of each variant to its reward after the short run at its best learning rate.
+        tries: learning rates that every variant was tried at.
+        sample_epochs: samples that the contender's own search has seen, tuning not counted.
+    """
+
+    reason: str = ""
+    note: str = ""
+    variants: Mapping[str, float] = field(default_factory=dict)
+    tries: int = 0
+    sample_epochs: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """Mean reward of the variants; None when there are fewer than two."""
+        values = list(self.variants.values())
+        return sum(values) / len(values) if len(values) > 1 else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the variants' rewards (n - 1); None when there are fewer than two."""
+        mean = self.mean
+        if mean is None:
+            return None
+        values = self.variants.values()
+        return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +56,7 @@ class Trial:
     Attributes:
         number: number of the trial in the study, from 0.
         name: what a person calls it: `head only`, `uniform lora (attn)`, `default plan`, `trial 12`.
-        role: `baseline`, `default` (our plan without any search) or `trial`.
+        role: `baseline`, `default` (our plan without any search), `trial` or `reference`.
         knobs: dotted path to value.
         digest: digest of the allocation.
         spent: cost in the budget's unit.
@@ -90,6 +126,7 @@ class Record:
         seconds: wall time per stage.
         search: how it was searched, as plain data: `goals` (a list of objects with `name` and `direction`), `mode`,
             `front` (numbers of the trials on it) and whatever else the search has to say of itself.
+        standings: contender to how it was tuned, or why it did not compete.
     """
 
     run: str
@@ -105,5 +142,6 @@ class Record:
     environment: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
+    standings: Mapping[str, Standing] = field(default_factory=dict)
 
     SCHEMA: ClassVar[str] = "autopeft.record/1"

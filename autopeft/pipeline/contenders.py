@@ -1,80 +1,188 @@
 """Who competes at one budget: the baselines, and our plan without any search.
 
-A group is one contender with its variants (target modules, draws). Every group gets the same number of learning rates
-from `pipeline.tune`.
+A group is one contender with its variants (target modules, ranks, draws). Every group gets the same number of learning
+rates from `pipeline.tune`. Contenders are plug-ins: one file in `pipeline/rivals` with a line in its table, or an
+entry point of the group `autopeft.contenders`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from autopeft.allocation.head_only import HeadOnly
-from autopeft.allocation.indices import attach_indices
-from autopeft.allocation.random import RandomMix
-from autopeft.allocation.spt import SPT
-from autopeft.allocation.uniform import Target, Uniform
 from autopeft.core.allocation import Allocation
-from autopeft.core.menu import Menu, Option
-from autopeft.core.places import places_of
+from autopeft.core.contracts import Backend, Method
 from autopeft.core.record import Role
+from autopeft.core.registry import Registry
 from autopeft.core.scores import Evidence, Scores
-from autopeft.core.site import Fused
 from autopeft.errors import InfeasibleBudget
-from autopeft.pipeline.plan import make_menu, make_plan
+from autopeft.pipeline import rivals
+from autopeft.pipeline.plan import make_plan
 
 if TYPE_CHECKING:
     from autopeft.config.study import Study
     from autopeft.pipeline.prepare import Prepared
 
-__all__ = ["Candidate", "Group", "contender_groups", "spt_scores"]
+__all__ = [
+    "CONTENDERS",
+    "DEFAULT_CONTENDERS",
+    "Candidate",
+    "Group",
+    "Rival",
+    "all_contenders",
+    "contender",
+    "contender_groups",
+    "contender_names",
+    "spt_scores",
+]
 
-_LORA_TARGETS: tuple[Target, ...] = get_args(Target)
-_SINGLE_METHODS = ("bias", "norm", "ssf")
-_RANDOM_DRAWS = 2
-_SPT_RANKS = (8, 1)
-"""As released, and the only rank whose modules a budget of 0.1 % can buy on small models."""
+DEFAULT_CONTENDERS = ("head_only", "uniform_lora", "uniform_core", "single_method", "spt_lora", "random_mix")
+"""What `default` stands for: what the three minutes of the first run have room for."""
+
+_DEFAULT, _ALL = "default", "all"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One plan under a name."""
+    """One plan under a name.
+
+    Attributes:
+        name: what a person calls it.
+        allocation: the plan.
+        methods: methods that it needs besides the study's.
+        backend: the backend that it needs; the study's when None.
+    """
 
     name: str
     allocation: Allocation
+    methods: Mapping[str, Method] = field(default_factory=dict)
+    backend: Backend | None = None
+
+    def under(self, study: Study) -> Study:
+        """The study with what this plan needs."""
+        if not self.methods and self.backend is None:
+            return study
+        return dataclasses.replace(
+            study, methods={**study.methods, **self.methods}, backend=self.backend or study.backend
+        )
 
 
 @dataclass(frozen=True)
 class Group:
-    """One contender: variants of one idea, of which the best is kept."""
+    """One contender: variants of one idea, of which the best is kept.
+
+    Attributes:
+        name: what a person calls it.
+        role: `baseline`; `default` for our plan without search; `reference` for what trains more than the budget.
+        candidates: the variants; empty when it cannot compete.
+        reason: why it cannot; empty when it can.
+        note: what has to be said beside its result.
+        sample_epochs: samples that its own search has seen, one forward and backward pass each.
+    """
 
     name: str
     role: Role
     candidates: tuple[Candidate, ...]
+    reason: str = ""
+    note: str = ""
+    sample_epochs: int = 0
+
+
+class Rival(Protocol):
+    """A contender.
+
+    Laws: deterministic; within the budget by an independent count unless its role is `reference`; it looks at the
+    inner and outer splits alone.
+    """
+
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Keys of methods without which `default` leaves it out; asked for by name, it brings them itself."""
+        ...
+
+    def group(self, prepared: Prepared, study: Study) -> Group:
+        """Its plans at the budget of `prepared`.
+
+        Raises:
+            InfeasibleBudget: when the budget cannot express it, with the reason.
+        """
+        ...
+
+
+CONTENDERS: Registry[Rival] = Registry("contender", "autopeft.contenders", rivals.BUILTIN)
+
+
+def contender_names(asked: Iterable[str]) -> tuple[str, ...]:
+    """Names of contenders in the order of the asking, `default` and `all` written out.
+
+    Raises:
+        UnknownPlugin: with a guess at the name that was meant.
+    """
+    names: dict[str, None] = {}
+    for name in asked:
+        if name == _DEFAULT:
+            names |= dict.fromkeys(DEFAULT_CONTENDERS)
+        elif name == _ALL:
+            names |= dict.fromkeys((*DEFAULT_CONTENDERS, *CONTENDERS))
+        else:
+            CONTENDERS[name]
+            names[name] = None
+    return tuple(names)
+
+
+def contender(name: str, prepared: Prepared, study: Study) -> Group:
+    """One contender at the budget of `prepared`, with its methods brought where the study lacks them.
+
+    Args:
+        name: its name in the table of `autopeft.pipeline.rivals`, such as `uniform_lora`.
+        prepared: model, task, head and scores. Contenders that search (`s3delta`, `prunepeft`) train here and count
+            what they have seen in `sample_epochs`; with a run folder they keep the plan that they have found.
+        study: methods, training settings and seed.
+
+    Returns:
+        The group for `tune`. One that the budget cannot express has no candidates, and says why in `reason`.
+
+    Raises:
+        UnknownPlugin: for a name that nobody knows, with a guess.
+    """
+    rival = CONTENDERS[name]()
+    try:
+        found = rival.group(prepared, study)
+    except InfeasibleBudget as error:
+        return Group(rival.title, "baseline", (), str(error))
+    distinct: dict[str, Candidate] = {}
+    for candidate in found.candidates:
+        distinct.setdefault(candidate.allocation.digest, candidate)
+    return dataclasses.replace(found, candidates=tuple(distinct.values()))
+
+
+def all_contenders(prepared: Prepared, study: Study) -> tuple[Group, ...]:
+    """Every contender of `search.contenders`, also those that cannot compete, then the default plan."""
+    asked = study.search.contenders
+    named = {name for name in asked if name not in (_DEFAULT, _ALL)}
+    groups = []
+    for name in contender_names(asked):
+        rival = CONTENDERS[name]()
+        lacking = [key for key in rival.needs if key not in study.methods]
+        if lacking and name not in named and _ALL not in asked:
+            reason = f"the study has no method {lacking[0]!r}; name the contender {name} to have it all the same"
+            groups.append(Group(rival.title, "baseline", (), reason))
+        else:
+            groups.append(contender(name, prepared, study))
+    default = Group("default plan", "default", (Candidate("default plan", make_plan(prepared, study)),))
+    return (*groups, default)
 
 
 def contender_groups(prepared: Prepared, study: Study) -> tuple[Group, ...]:
-    """The outside baselines at this budget, then the default plan.
-
-    Head only, where there is a head; uniform LoRA on the usual target sets at the largest rank that fits (on as many
-    of the last blocks as fit when rank 1 on every block does not); one core matrix of the same size everywhere
-    (LoRA-XS); the single cheap methods; SPT; random feasible mixes; the default plan.
-    Contenders that this budget or these methods cannot express are left out.
-    """
-    head_only = Candidate("head only", HeadOnly().allocate(Menu(()), prepared.budget))
-    groups = [
-        Group("head only", "baseline", (head_only,) if prepared.catalog.head else ()),
-        _group("uniform lora", _uniform_loras(prepared, study)),
-        _group("uniform core", _everywhere(prepared, study, ("core",))),
-        _group("single method", _everywhere(prepared, study, _SINGLE_METHODS)),
-        _group("spt", _spt(prepared, study)),
-        _group("random mix", _random_mixes(prepared, study)),
-    ]
-    default = Group("default plan", "default", (Candidate("default plan", make_plan(prepared, study)),))
-    return (*(g for g in groups if g.candidates), default)
+    """The contenders that can compete at this budget, then the default plan."""
+    return tuple(group for group in all_contenders(prepared, study) if group.candidates)
 
 
 def spt_scores(scores: Scores) -> Scores:
@@ -90,99 +198,3 @@ def spt_scores(scores: Scores) -> Scores:
         for name, item in scores.evidence.items()
     }
     return Scores(scores.origin, scores.totals, evidence)
-
-
-def _group(name: str, candidates: Iterable[Candidate]) -> Group:
-    distinct: dict[str, Candidate] = {}
-    for candidate in candidates:
-        distinct.setdefault(candidate.allocation.digest, candidate)
-    return Group(name, "baseline", tuple(distinct.values()))
-
-
-def _try(name: str, make: Callable[[], Allocation]) -> Iterable[Candidate]:
-    try:
-        allocation = make()
-    except InfeasibleBudget:
-        return
-    if len(allocation):
-        yield Candidate(name, allocation)
-
-
-def _priced_menu(prepared: Prepared, study: Study, keys: Iterable[str], fused: Fused) -> Menu:
-    """Options with prices and no predicted gains, for allocators that do not look at gains."""
-    sites = {site.name: site for site in prepared.catalog.offered(fused)}
-    options = []
-    for key in keys:
-        method = study.methods[key]
-        for site in sites.values():
-            places = places_of(prepared.catalog, method, site)
-            if not places or (study.mergeable and not method.mergeable(site)):
-                continue
-            for size in method.sizes(site):
-                cost = method.cost(site, size)
-                if cost.of(prepared.budget.unit) > prepared.budget.limit:
-                    break
-                options.append(Option(site.name, key, size, cost, 0.0, places))
-    return Menu(tuple(options), sites)
-
-
-def _last_blocks(menu: Menu, first_depth: int) -> Menu:
-    sites = {name: site for name, site in menu.sites.items() if site.depth >= first_depth}
-    return Menu(tuple(o for o in menu.options if o.site in sites), sites, menu.scores)
-
-
-def _uniform(prepared: Prepared, study: Study, menu: Menu, allocator: Uniform, name: str) -> Iterable[Candidate]:
-    """The allocator on every block, or on as many of the last blocks as the budget reaches."""
-    depth = prepared.catalog.n_depth
-    for first in range(depth):
-        part = menu if first == 0 else _last_blocks(menu, first)
-        where = "" if first == 0 else f", last {depth - first} of {depth} blocks"
-
-        def place(part: Menu = part) -> Allocation:
-            plan = allocator.allocate(part, prepared.budget)
-            return attach_indices(plan, study.methods, prepared.scores_for(study), part.sites)
-
-        found = list(_try(name + where, place))
-        if found:
-            yield from found
-            return
-
-
-def _uniform_loras(prepared: Prepared, study: Study) -> Iterable[Candidate]:
-    if "lora" not in study.methods:
-        return
-    whole = _priced_menu(prepared, study, ["lora"], "whole")
-    slices = _priced_menu(prepared, study, ["lora"], "slices")
-    for target in _LORA_TARGETS:
-        menu = slices if target == "qv" else whole
-        yield from _uniform(prepared, study, menu, Uniform("lora", target), f"uniform lora ({target})")
-
-
-def _everywhere(prepared: Prepared, study: Study, keys: Iterable[str]) -> Iterable[Candidate]:
-    for key in keys:
-        if key in study.methods:
-            menu = _priced_menu(prepared, study, [key], "whole")
-            yield from _uniform(prepared, study, menu, Uniform(key, "all"), f"{key} everywhere")
-
-
-def _spt(prepared: Prepared, study: Study) -> Iterable[Candidate]:
-    if "lora" not in study.methods:
-        return
-    scores = spt_scores(prepared.scores)
-    fused: Fused = "slices"
-    sites = {site.name: site for site in prepared.catalog.candidates(fused)}
-    menu = Menu((), sites, scores)
-    for rank in _SPT_RANKS:
-        spt = SPT(methods=study.methods, rank=rank)
-        yield from _try(f"spt (lora r{rank})", partial(spt.allocate, menu, prepared.budget, study.seed))
-
-
-def _random_mixes(prepared: Prepared, study: Study) -> Iterable[Candidate]:
-    menu = make_menu(prepared, study)
-
-    def mix(draw: int) -> Allocation:
-        allocation = RandomMix().allocate(menu, prepared.budget, study.seed + draw)
-        return attach_indices(allocation, study.methods, prepared.scores, menu.sites)
-
-    for draw in range(_RANDOM_DRAWS):
-        yield from _try(f"random mix {draw + 1}", partial(mix, draw))

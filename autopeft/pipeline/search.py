@@ -17,7 +17,7 @@ from autopeft.core.outcome import Split
 from autopeft.core.record import Record, Role, Trial
 from autopeft.errors import StaleRun, TrainingFailed, UsageError
 from autopeft.models.graph import dataflow
-from autopeft.pipeline.contenders import Group, contender_groups
+from autopeft.pipeline.contenders import Group, all_contenders, contender_names
 from autopeft.pipeline.deliver import deliver, with_exports
 from autopeft.pipeline.effort import Effort, finish_seconds, plan_effort
 from autopeft.pipeline.events import Emit, Event, silent
@@ -30,6 +30,7 @@ from autopeft.pipeline.planning import as_plan
 from autopeft.pipeline.prepare import Prepared, prepare
 from autopeft.pipeline.publish import publish
 from autopeft.pipeline.runner import Runner
+from autopeft.pipeline.standings import Standings
 from autopeft.pipeline.trials import TrialLoop, make_trial, open_searcher, study_identity
 from autopeft.pipeline.tune import Tuned, tune
 from autopeft.store.atomic import read_json, write_json, write_text
@@ -82,11 +83,13 @@ def run_search(
     run.create()
     with RunLock(run.lock), preemptible():
         with _removed_on_failure(missing):
+            contender_names(study.search.contenders)
             _claim(study, run)
             emit(Event("stage", f"run folder {run.root}"))
             prepared = prepare(study, run.root, {"unseal_token": _run_token(run)})
             _announce(prepared, emit)
-            groups = contender_groups(prepared, study)
+            standings = Standings(run)
+            groups = standings.enter(all_contenders(prepared, study), emit)
             write_json(run.environment, environment_facts(prepared))
             write_json(run.catalog, encode(prepared.catalog))
             effort = _effort(prepared, study, groups, run, time.perf_counter() - started)
@@ -95,7 +98,7 @@ def run_search(
             searcher = open_searcher(prepared, study, run, effort, storage=storage, name=study_name)
         searcher.reap()
         runner = Runner(prepared, Ledger(run.root / "ledger"), emit)
-        _run_baselines(runner, study, groups, effort, searcher, run)
+        _run_baselines(runner, study, groups, effort, searcher, run, standings)
         deadline = None
         if study.search.time_limit is not None:
             deadline = started + study.search.time_limit - finish_seconds(prepared, study, effort) / 0.9
@@ -212,7 +215,13 @@ def _effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], run: Ru
 
 
 def _run_baselines(
-    runner: Runner, study: Study, groups: tuple[Group, ...], effort: Effort, searcher: OptunaSearcher, run: RunFolder
+    runner: Runner,
+    study: Study,
+    groups: tuple[Group, ...],
+    effort: Effort,
+    searcher: OptunaSearcher,
+    run: RunFolder,
+    standings: Standings,
 ) -> None:
     """Tune the contenders and tell the study; they are the first trials and do not count in `search.trials`."""
     known = {trial.name for trial in searcher.finished() if trial.role != "trial"}
@@ -221,6 +230,7 @@ def _run_baselines(
         if any(name == group.name or name in {c.name for c in group.candidates} for name in known):
             continue
         tuned = tune(runner, study, group, effort)
+        standings.tuned(group, tuned, effort.tries or study.search.tries)
         _tell_baseline(runner, searcher, group.role, tuned, run)
 
 
@@ -277,6 +287,7 @@ def _finish(
         environment_facts(prepared),
         {name: round(value, 3) for name, value in prepared.seconds.items()},
         search_facts(study, trials),
+        Standings(run).read(),
     )
     seed = next(o.seed for o in contenders[0].outcomes if o.status == "done")
     adapter = adapter_folder(run.root, finalists[0], seed) / "adapter.safetensors"

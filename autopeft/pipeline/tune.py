@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from autopeft.core.outcome import Outcome
@@ -29,12 +30,15 @@ class Tuned:
         study: the study with the learning rate, that the variant trains under.
         lr_scale: factor on the learning rates.
         outcome: outcome of the full run, on the outer split.
+        variants: name of each variant to its reward after the short run at its best learning rate; empty when there
+            was nothing to choose from.
     """
 
     candidate: Candidate
     study: Study
     lr_scale: float
     outcome: Outcome
+    variants: Mapping[str, float] = field(default_factory=dict)
 
 
 def learning_rate_scales(tries: int) -> tuple[float, ...]:
@@ -52,17 +56,22 @@ def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
     scales = learning_rate_scales(effort.tries or study.search.tries)
     arms = [(candidate, scale) for candidate in group.candidates for scale in scales]
     best = arms[0]
+    rewards: dict[str, float] = {}
     if len(arms) > 1:
         ranked = []
         for order, (candidate, scale) in enumerate(arms):
-            trial = _with(study, scale, effort.rung, effort.fraction)
+            trial = _with(candidate.under(study), scale, effort.rung, effort.fraction)
             entry = runner.train(trial, candidate.allocation, label=f"{candidate.name}, learning rate x{scale:.2g}")
             ranked.append((runner.rank(trial, entry.outcome), -order))
+            if entry.outcome.status == "done":
+                pick = max if study.reward.goals[0] == "maximize" else min
+                value = study.reward.value(entry.outcome)[0]
+                rewards[candidate.name] = pick(value, rewards.get(candidate.name, value))
         best = arms[-max(ranked)[1]]
     candidate, scale = best
-    chosen = _with(study, scale, effort.epochs, effort.fraction)
+    chosen = _with(candidate.under(study), scale, effort.epochs, effort.fraction)
     entry = runner.train(chosen, candidate.allocation, label=candidate.name)
-    return Tuned(candidate, chosen, scale, entry.outcome)
+    return Tuned(candidate, chosen, scale, entry.outcome, rewards)
 
 
 def _with(study: Study, lr_scale: float, epochs: int, fraction: float) -> Study:

@@ -44,6 +44,12 @@ _PALETTE = (
 )
 _BLUE, _GREEN = "#4c8dff", "#19a979"
 _SCALE = [[0.0, "rgba(76,141,255,0.07)"], [0.5, "rgba(76,141,255,0.55)"], [1.0, "rgba(38,92,214,1)"]]
+_ROLES = (
+    ("baseline", "baselines", "#e8743b", "diamond"),
+    ("reference", "beyond the budget", GREY, "diamond-open"),
+    ("default", "default plan", "#b06bd9", "circle"),
+    ("trial", "trials", _BLUE, "circle"),
+)
 _MOST_NAMED = 250
 _MOST_TRIALS = 600
 _MOST_CELLS = 240
@@ -154,7 +160,7 @@ def history(record: Record) -> Figure:
     metric = search_metric(record)
     trials = record.trials[-_MOST_TRIALS:]
     figure = Figure(layout=layout("Search history", "trial", metric, legend=True))
-    for group, color in (("baseline", "#e8743b"), ("default", "#b06bd9"), ("trial", _BLUE)):
+    for group, name, color, symbol in _ROLES:
         mine = [t for t in trials if t.role == group and metric in t.outcome.metrics]
         if mine:
             named = len(trials) <= _MOST_NAMED
@@ -164,8 +170,8 @@ def history(record: Record) -> Figure:
                     y=rounded([t.outcome.metrics[metric] for t in mine]),
                     text=[t.name[:40] for t in mine] if named else None,
                     mode="markers",
-                    name={"baseline": "baselines", "default": "default plan", "trial": "trials"}[group],
-                    marker={"size": 9, "color": color, "symbol": "diamond" if group == "baseline" else "circle"},
+                    name=name,
+                    marker={"size": 9, "color": color, "symbol": symbol},
                     hovertemplate="%{x} %{text}: %{y:.4f}<extra></extra>" if named else None,
                 )
             )
@@ -174,7 +180,7 @@ def history(record: Record) -> Figure:
     xs, ys, so_far = [], [], -math.inf
     for trial in trials:
         value = trial.outcome.metrics.get(metric)
-        if value is not None and sign * value > so_far:
+        if value is not None and trial.role != "reference" and sign * value > so_far:
             so_far = sign * value
             xs.append(trial.number)
             ys.append(value)

@@ -19,6 +19,7 @@ from autopeft.report.tables import (
     cost_table,
     environment_table,
     spending_tables,
+    standing_table,
     trial_table,
 )
 from autopeft.report.verdict import verdict
@@ -44,6 +45,8 @@ def render_markdown(
     parts = [f"**{verdict(record).headline}**", _facts(record, rows)]
     if record.contenders:
         parts += ["## Gain over the baselines", contender_table(record).markdown(), _how_compared(record)]
+    if record.standings:
+        parts += ["## Contenders", _standings(), standing_table(record).markdown()]
     parts += ["## Where the budget went", *_allocation(record, rows, packing or {})]
     if (front := front_table(record)).rows:
         parts += [
@@ -104,6 +107,13 @@ def _how_compared(record: Record) -> str:
     return (
         f"Measured on the {outcomes[0].split} split. Every plan was retrained with the same seeds; a gain is the mean "
         "of the paired differences over the seeds, positive when the winner is better."
+    )
+
+
+def _standings() -> str:
+    return (
+        "Every contender was tuned alike: each variant at the same number of learning rates in short runs on the "
+        "outer split, then the best in full. Own searches are in units of one full training."
     )
 
 

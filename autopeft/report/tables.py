@@ -19,6 +19,7 @@ __all__ = [
     "environment_table",
     "mix_text",
     "spending_tables",
+    "standing_table",
     "trial_table",
 ]
 
@@ -74,6 +75,22 @@ def contender_table(record: Record) -> Table:
         rows.append((c.name + (" (winner)" if index == 0 else ""), c.role, spent, seeds, mean, *versus))
     header = ("plan", "kind", "spent", "seeds", metric, "gain of the winner", "95 % interval")
     return Table("Winner and baselines", header, tuple(rows), "llrrrrr")
+
+
+def standing_table(record: Record) -> Table:
+    """Every contender that was asked for: its variants with their mean and deviation, its own search, or why not."""
+    metric, full = search_metric(record), record.costs.get(_FULL, 0.0)
+    rows = []
+    for name, s in record.standings.items():
+        mean, deviation = s.mean, s.deviation
+        spread = ""
+        if mean is not None and deviation is not None:
+            spread = f"{metric_text(metric, mean)} ± {gain_text(metric, deviation).lstrip('+')}"
+        own = f"{s.sample_epochs / full:.2f}" if s.sample_epochs and full else ""
+        variants = str(len(s.variants)) if s.variants else ""
+        rows.append((name, variants, str(s.tries or ""), spread, own, s.reason or s.note))
+    header = ("contender", "variants", "learning rates", "variants' mean ± sd", "own search", "remark")
+    return Table("Contenders", header, tuple(rows), "lrrrrl")
 
 
 def trial_table(record: Record) -> Table:

@@ -58,11 +58,11 @@ class Board:
         return self._goals
 
     def best(self, *roles: Role) -> Trial | None:
-        """The complete trial to take, among these roles if any are named, see `autopeft.core.goals.Goals.choose`."""
+        """The complete trial to take, among these roles or all but `reference`, see `Goals.choose`."""
         with calm(self._where):
             trials = self._trials()
             done = [t for t in finished(trials) if t.state == TrialState.COMPLETE]
-        found = [as_trial(t) for t in done if not roles or role_of(t) in roles]
+        found = [as_trial(t) for t in done if (role_of(t) in roles if roles else role_of(t) != "reference")]
         known = [t for t in found if len(t.rewards) == len(self._goals.names)]
         if not known:
             return None

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autopeft.core.contracts import Sampler
 from autopeft.core.space import Space, Value
-from autopeft.search.history import is_replaced, ordinal
+from autopeft.search.history import is_replaced, ordinal, role_of
 from autopeft.search.knobs import distributions
 from autopeft.training.seeds import derive_seed
 
@@ -70,7 +70,11 @@ class HistorySampler(BaseSampler):
         return [
             t
             for t in trials
-            if t.number != number and not is_replaced(t) and self._complete(t.params) and t.state != TrialState.WAITING
+            if t.number != number
+            and not is_replaced(t)
+            and role_of(t) != "reference"  # What more than the budget reaches says nothing about plans within it.
+            and self._complete(t.params)
+            and t.state != TrialState.WAITING
         ]
 
     def _complete(self, params: Mapping[str, Any]) -> bool:

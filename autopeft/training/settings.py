@@ -53,6 +53,7 @@ class LearningRates:
         vector: vectors: biases, norm affines, scales and shifts.
         adapter: bottleneck modules.
         tokens: class, position and prompt tokens.
+        dense: whole weights (full fine-tuning).
 
     Raises:
         UsageError: when a rate is not a finite number above 0.
@@ -65,8 +66,9 @@ class LearningRates:
     vector: float = 5e-3
     adapter: float = 3e-3
     tokens: float = 5e-3
+    dense: float = 5e-4
 
-    FAMILIES: ClassVar[tuple[str, ...]] = ("matrix", "core", "entries", "vector", "adapter", "tokens")
+    FAMILIES: ClassVar[tuple[str, ...]] = ("matrix", "core", "entries", "vector", "adapter", "tokens", "dense")
     """The families a method may belong to."""
 
     def __post_init__(self) -> None:
