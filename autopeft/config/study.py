@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
@@ -115,6 +115,9 @@ class SearchSettings:
         front: what is made of a reward with several goals: `first`, `epsilon`, `pareto`, or `auto`, see
             `autopeft.core.goals.Front`.
         limits: goal to the worst value that is allowed, for the others than the first.
+        repack: `auto` tries another plan from a third of the winner's training on, and keeps it when a paired test on
+            the outer split says that it is better; not where there is a time limit. `off` never does, until a study
+            has measured when it pays: it costs two trainings per seed.
         contenders: whom our plans are compared with at the same budget: names, `default`, `all`, or several of these.
 
     Raises:
@@ -129,6 +132,7 @@ class SearchSettings:
     sampler: Annotated[Sampler, Plugin("search")] = field(default_factory=lambda: _builtin("search", "tpe"))
     front: Front = "auto"
     limits: Mapping[str, float] = field(default_factory=dict)
+    repack: Literal["auto", "off"] = "off"
     contenders: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = ("default",)
 
     def __post_init__(self) -> None:
@@ -137,6 +141,8 @@ class SearchSettings:
         _whole("search.tries", self.tries, 1)
         if self.time_limit is not None and not self.time_limit > 0:
             raise UsageError(f"search.time_limit must be more than 0 seconds, got {self.time_limit!r}")
+        if self.repack not in ("auto", "off"):
+            raise UsageError(f"search.repack must be auto or off, got {self.repack!r}")
         if not self.contenders or not all(name.strip() for name in self.contenders):
             raise UsageError("search.contenders is empty; write default, all, or names such as uniform_lora")
         if not self.space.strip():

@@ -11,8 +11,9 @@ from autopeft.core.outcome import Outcome
 
 __all__ = ["Contender", "Record", "Role", "Standing", "Trial"]
 
-Role = Literal["baseline", "default", "trial", "reference"]
-"""A `reference` trains more than the budget: it is shown, never chosen or exported, and no part of any verdict."""
+Role = Literal["baseline", "default", "trial", "reference", "repacked"]
+"""`repacked` is the winner with another plan from a third of its training on. A `reference` trains more than the
+budget: it is shown, never chosen or exported, and no part of any verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Trial:
     Attributes:
         number: number of the trial in the study, from 0.
         name: what a person calls it: `head only`, `uniform lora (attn)`, `default plan`, `trial 12`.
-        role: `baseline`, `default` (our plan without any search), `trial` or `reference`.
+        role: `baseline`, `default` (our plan without any search), `trial`, `reference` or `repacked`.
         knobs: dotted path to value.
         digest: digest of the allocation.
         spent: cost in the budget's unit.

@@ -16,6 +16,7 @@ from autopeft.core.record import Contender, Role
 from autopeft.errors import TrainingFailed
 from autopeft.pipeline.events import Event
 from autopeft.pipeline.ledger import Entry
+from autopeft.pipeline.phases import FirstPhase
 
 if TYPE_CHECKING:
     from autopeft.config.study import Study
@@ -37,6 +38,7 @@ class Finalist:
         role: `baseline`, `default` or `trial`.
         study: the settings it is trained under.
         allocation: the plan.
+        first: what is trained before it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Finalist:
     role: Role
     study: Study
     allocation: Allocation
+    first: FirstPhase | None = None
 
 
 def adapter_folder(run: Path, finalist: Finalist, seed: int) -> Path:
@@ -91,6 +94,7 @@ def finish(runner: Runner, winner: Finalist, baselines: tuple[Finalist, ...], ru
                     splits=("inner", "outer"),
                     measure=_TEST,
                     folder=adapter_folder(run, finalist, seed),
+                    first=finalist.first,
                 )
             )
         entries.append(found)

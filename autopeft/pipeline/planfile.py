@@ -18,6 +18,7 @@ from autopeft.core.budget import Budget, Cost
 from autopeft.core.menu import Indices, Option
 from autopeft.core.site import Place
 from autopeft.errors import CorruptFile, UsageError
+from autopeft.pipeline.phases import FirstPhase
 from autopeft.store.atomic import read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["PLAN_SCHEMA", "Plan", "plan_to_json", "read_plan", "write_plan"]
 
 PLAN_SCHEMA = "autopeft.plan/1"
+
+_FIRST = "first/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,7 @@ class Plan:
         data_hash: hash of the data and its splits.
         head: state dict entries the head starts from.
         packing: what is known of how well it is packed; see `autopeft.pipeline.packing`.
+        first: the plan that is trained before this one, in the first epochs of the schedule.
     """
 
     allocation: Allocation
@@ -55,12 +59,18 @@ class Plan:
     data_hash: str = ""
     head: Mapping[str, Tensor] = field(default_factory=dict)
     packing: Mapping[str, Any] = field(default_factory=dict)
+    first: FirstPhase | None = None
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The JSON object that `plan --json` prints and `plan.json` holds, without the tensors' file."""
     allocation = plan.allocation
     provenance = allocation.provenance
+    first: dict[str, Any] = {}
+    if plan.first is not None:
+        options = [_option_to_json(option) for option in plan.first.allocation.options]
+        digest = plan.first.allocation.digest
+        first = {"first": {"epochs": plan.first.epochs, "options": options, "digest": digest}}
     return {
         "schema": PLAN_SCHEMA,
         "model": plan.model,
@@ -83,6 +93,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         },
         "packing": dict(plan.packing),
         "digest": allocation.digest,
+        **first,
         "seed": plan.seed,
         "threads": plan.threads,
         "weights_hash": plan.weights_hash,
@@ -93,23 +104,9 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write `plan.json` and, beside it, `plan.safetensors` with chosen entries, bases from data and the head."""
-    tensors = {
-        f"indices/{option.key}": torch.from_numpy(option.indices.values.copy())
-        for option in plan.allocation.options
-        if option.indices is not None
-    }
-    tensors |= {
-        f"extra/{name}/{option.key}": torch.from_numpy(array.copy())
-        for option in plan.allocation.options
-        if option.indices is not None
-        for name, array in option.indices.extra.items()
-    }
-    tensors |= {
-        f"bases/{side}/{option.key}": torch.from_numpy(getattr(option.bases, side).copy())
-        for option in plan.allocation.options
-        if option.bases is not None
-        for side in ("left", "right")
-    }
+    tensors = _entries(plan.allocation)
+    if plan.first is not None:
+        tensors |= {f"{_FIRST}{name}": tensor for name, tensor in _entries(plan.first.allocation).items()}
     tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in plan.head.items()}
     data = plan_to_json(plan)
     if tensors:
@@ -141,6 +138,7 @@ def read_plan(path: Path) -> Plan:
         options = tuple(_option_from_json(row, tensors) for row in data["options"])
         provenance = Provenance(**data.get("provenance", {}))
         allocation = Allocation(options, budget, provenance)
+        first = _first_from_json(data["first"], tensors, budget) if "first" in data else None
         plan = Plan(
             allocation,
             data["model"],
@@ -152,12 +150,35 @@ def read_plan(path: Path) -> Plan:
             data["data_hash"],
             {name.removeprefix("head/"): t for name, t in tensors.items() if name.startswith("head/")},
             data.get("packing", {}),
+            first,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} is not a whole plan: {type(error).__name__}: {error}") from error
     if data.get("digest") != allocation.digest:
         raise CorruptFile(f"{path} was edited: its options do not match their digest {data.get('digest')!r}")
+    if first is not None and data["first"].get("digest") != first.allocation.digest:
+        raise CorruptFile(f"{path} was edited: the options of its first phase do not match their digest")
     return plan
+
+
+def _entries(allocation: Allocation) -> dict[str, Tensor]:
+    """The entries of sparse options and what was chosen with them, and the bases that options carry."""
+    chosen = [(option.key, option.indices) for option in allocation.options if option.indices is not None]
+    found = {f"indices/{key}": torch.from_numpy(indices.values.copy()) for key, indices in chosen}
+    for key, indices in chosen:
+        found |= {f"extra/{name}/{key}": torch.from_numpy(array.copy()) for name, array in indices.extra.items()}
+    return found | {
+        f"bases/{side}/{option.key}": torch.from_numpy(getattr(option.bases, side).copy())
+        for option in allocation.options
+        if option.bases is not None
+        for side in ("left", "right")
+    }
+
+
+def _first_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], budget: Budget) -> FirstPhase:
+    own = {name.removeprefix(_FIRST): tensor for name, tensor in tensors.items() if name.startswith(_FIRST)}
+    options = tuple(_option_from_json(row, own) for row in data["options"])
+    return FirstPhase(Allocation(options, budget), data["epochs"])
 
 
 def _option_to_json(option: Option) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from autopeft.core.allocation import Allocation
 from autopeft.errors import UsageError
 from autopeft.pipeline.events import Emit, Event, silent
 from autopeft.pipeline.packing import next_best, packing_facts
+from autopeft.pipeline.phases import FirstPhase
 from autopeft.pipeline.plan import make_plan
 from autopeft.pipeline.planfile import Plan
 from autopeft.pipeline.prepare import Prepared, prepare
@@ -24,7 +25,13 @@ __all__ = ["as_plan", "plan_from_spt", "plan_study"]
 _STRUCTURED = ("lora", "adapter")
 
 
-def as_plan(prepared: Prepared, study: Study, allocation: Allocation, seed: int | None = None) -> Plan:
+def as_plan(
+    prepared: Prepared,
+    study: Study,
+    allocation: Allocation,
+    seed: int | None = None,
+    first: FirstPhase | None = None,
+) -> Plan:
     """An allocation with everything that is needed to train it again."""
     return Plan(
         allocation,
@@ -37,6 +44,7 @@ def as_plan(prepared: Prepared, study: Study, allocation: Allocation, seed: int 
         prepared.task.data_hash,
         prepared.head,
         packing_facts(allocation),
+        first,
     )
 
 

@@ -84,11 +84,17 @@ def replay(
         prepared.head = plan.head
     emit(Event("stage", f"training {len(plan.allocation)} options, {plan.allocation.trainable:,} parameters"))
     result = run_trial(
-        prepared, study, plan.allocation, seed=plan.seed if seed is None else seed, folder=folder, splits=splits
+        prepared,
+        study,
+        plan.allocation,
+        seed=plan.seed if seed is None else seed,
+        folder=folder,
+        splits=splits,
+        first=plan.first,
     )
     if result.outcome.status == "failed":
         raise TrainingFailed(result.outcome.reason)
-    trained = as_plan(prepared, study, plan.allocation, plan.seed if seed is None else seed)
+    trained = as_plan(prepared, study, plan.allocation, plan.seed if seed is None else seed, plan.first)
     write_plan(trained, folder / "plan.json")
     write_json(folder / "outcome.json", encode(result.outcome))
     return Replay(result, prepared, study, trained)

@@ -13,6 +13,7 @@ from autopeft.core.allocation import Allocation
 from autopeft.core.outcome import Outcome, Split
 from autopeft.pipeline.events import Emit, Event
 from autopeft.pipeline.ledger import Entry, Ledger, training_key
+from autopeft.pipeline.phases import FirstPhase, first_checkpoint
 from autopeft.pipeline.trial import run_trial
 
 if TYPE_CHECKING:
@@ -37,14 +38,22 @@ class Runner:
         self.emit = emit
 
     def key(
-        self, study: Study, allocation: Allocation, seed: int, splits: tuple[Split, ...], measure: Split, epochs: int
+        self,
+        study: Study,
+        allocation: Allocation,
+        seed: int,
+        splits: tuple[Split, ...],
+        measure: Split,
+        epochs: int,
+        first: FirstPhase | None = None,
     ) -> str:
         """The key of a training: equal keys give equal results on one device and thread count."""
         prepared = self.prepared
-        used = {o.method for o in allocation.options}
+        used = {o.method for plan in (allocation, first.allocation if first else ()) for o in plan}
         return training_key(
             {
                 "allocation": allocation.digest,
+                **({"first": [first.allocation.digest, first.epochs]} if first is not None else {}),
                 "methods": {key: repr(method) for key, method in study.methods.items() if key in used},
                 "backend": repr(study.backend),
                 "train": repr(study.train),
@@ -75,6 +84,7 @@ class Runner:
         folder: Path | None = None,
         watch: Split | None = None,
         on_epoch: Callable[[int, float], bool] | None = None,
+        first: FirstPhase | None = None,
     ) -> Entry:
         """Train a plan, or return what an equal training gave.
 
@@ -88,9 +98,10 @@ class Runner:
             folder: where the adapter goes; an entry without its adapter is trained again.
             watch: split evaluated after each epoch for `on_epoch`.
             on_epoch: called with (epoch, metric); True prunes.
+            first: what is trained before the plan.
         """
         seed = study.seed if seed is None else seed
-        key = self.key(study, allocation, seed, splits, measure, study.train.epochs)
+        key = self.key(study, allocation, seed, splits, measure, study.train.epochs, first)
         entry = self.ledger.get(key)
         if entry is not None and (folder is None or (folder / "adapter.safetensors").exists()):
             self._say(label, entry.outcome, study, again=True)
@@ -105,11 +116,15 @@ class Runner:
             measure=measure,
             watch=watch,
             on_epoch=on_epoch,
+            first=first,
         )
         merits = result.evaluation.merits if result.evaluation is not None else np.zeros(0, dtype=bool)
         entry = Entry(result.outcome, merits, result.sample_epochs, key)
         if result.outcome.status == "failed" and folder is not None:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            kept = first_checkpoint(folder)
+            if kept is not None:
+                kept.clear()
         self.ledger.put(key, entry)
         self._say(label, entry.outcome, study)
         return entry

@@ -29,6 +29,7 @@ from autopeft.pipeline.planfile import read_plan, write_plan
 from autopeft.pipeline.planning import as_plan
 from autopeft.pipeline.prepare import Prepared, prepare
 from autopeft.pipeline.publish import publish
+from autopeft.pipeline.repack import repack, wants_repacking
 from autopeft.pipeline.runner import Runner
 from autopeft.pipeline.standings import Standings
 from autopeft.pipeline.trials import TrialLoop, make_trial, open_searcher, study_identity
@@ -268,11 +269,13 @@ def _finish(
     if winner is None:
         reasons = "; ".join(t.outcome.reason for t in trials if t.outcome.reason)
         raise TrainingFailed(f"no plan could be trained: {reasons}")
+    winner, repacking = _repacked(runner, study, searcher, winner, run)
+    trials = searcher.finished()
     baselines = _ranked(runner, study, trials, ("baseline",))[:_BASELINES_AT_END]
     finalists = [_finalist(run, study, trial) for trial in (winner, *baselines)]
     emit(Event("stage", f"finish: {', '.join(f.name for f in finalists)}, {study.search.seeds} seeds each"))
     contenders = finish(runner, finalists[0], tuple(finalists[1:]), run.root)
-    costs = _costs(runner, finalists[0])
+    costs = {**_costs(runner, finalists[0]), **repacking}
     record = Record(
         str(run.root),
         study_to_dict(study),
@@ -300,6 +303,45 @@ def _finish(
     return record
 
 
+def _repacked(
+    runner: Runner, study: Study, searcher: OptunaSearcher, winner: Trial, run: RunFolder
+) -> tuple[Trial, dict[str, float]]:
+    """The winner, or the same with another plan from a third of its training on where that is better; and the cost."""
+    if not wants_repacking(study):
+        return winner, {}
+    finalist = _finalist(run, study, winner)
+    found = repack(runner, finalist, run.root / "repack")
+    runner.emit(Event("stage", f"repacking {winner.name}: {'kept' if found.finalist else 'not kept'}, {found.reason}"))
+    costs = {"repacking": float(found.sample_epochs)} if found.sample_epochs else {}
+    if found.finalist is None:
+        return winner, costs
+    second = found.finalist
+    known = [t for t in searcher.finished() if t.role == "repacked" and t.digest == second.allocation.digest]
+    if not known:
+        entry = runner.train(second.study, second.allocation, label=second.name, first=second.first)
+        number = searcher.next_number()
+        plan = run.plan(searcher.place(number))
+        write_plan(as_plan(runner.prepared, second.study, second.allocation, first=second.first), plan)
+        rewards = second.study.reward.value(entry.outcome)
+        searcher.add_finished(
+            make_trial(
+                runner.prepared,
+                run.root,
+                number,
+                second.name,
+                "repacked",
+                winner.knobs,
+                second.study,
+                second.allocation,
+                entry.outcome,
+                rewards,
+                plan,
+            )
+        )
+        known = [t for t in searcher.finished() if t.role == "repacked" and t.digest == second.allocation.digest]
+    return known[-1], costs
+
+
 def _ranked(runner: Runner, study: Study, trials: tuple[Trial, ...], roles: tuple[Role, ...]) -> list[Trial]:
     """Finished trials of these roles, the best on the outer split first; ties to the earlier one."""
     done = [t for t in trials if t.role in roles and t.outcome.status == "done"]
@@ -319,7 +361,9 @@ def _finalist(run: RunFolder, study: Study, trial: Trial) -> Finalist:
     plan = read_plan(run.root / trial.plan)
     trained = study_from_dict(plan.study)
     search = dataclasses.replace(trained.search, seeds=study.search.seeds)
-    return Finalist(trial.name, trial.number, trial.role, dataclasses.replace(trained, search=search), plan.allocation)
+    return Finalist(
+        trial.name, trial.number, trial.role, dataclasses.replace(trained, search=search), plan.allocation, plan.first
+    )
 
 
 def _costs(runner: Runner, winner: Finalist) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from autopeft.core.allocation import Allocation
 from autopeft.core.outcome import Outcome, Split
 from autopeft.errors import BudgetMismatch, TrainingFailed
+from autopeft.pipeline.phases import FirstPhase, first_checkpoint, train_first
 from autopeft.training.checkpoint import Checkpoint, save_adapter, trainable_in_file
 from autopeft.training.evaluate import Evaluation, evaluate
 from autopeft.training.loop import fit
@@ -70,6 +71,7 @@ def run_trial(
     watch: Split | None = None,
     max_epochs: int | None = None,
     on_epoch: Callable[[int, float], bool] | None = None,
+    first: FirstPhase | None = None,
 ) -> TrialResult:
     """Train a plan and evaluate it.
 
@@ -84,6 +86,7 @@ def run_trial(
         watch: what is evaluated after each epoch for `on_epoch`; None evaluates at the end alone.
         max_epochs: stop after so many epochs of the schedule.
         on_epoch: called with (epoch, search metric); True stops the training as pruned.
+        first: what is trained before the plan, in the first epochs of the schedule.
 
     Returns:
         A result that is done, pruned or failed; failures of training are values, everything else raises.
@@ -92,6 +95,14 @@ def run_trial(
     checkpoint = Checkpoint(folder / "checkpoint") if folder is not None else None
     # A reward that generates images has no number before the end; it says which of the task's stands for it.
     metric = getattr(study.reward, "watched", study.reward.names[0])
+    trained = None
+    if first is not None:
+        try:
+            trained = train_first(prepared, study, first, seed=seed, folder=folder, splits=splits)
+        except TrainingFailed as error:
+            seconds = time.perf_counter() - start
+            outcome = Outcome("failed", trainable=0, seconds=seconds, seed=seed, reason=f"first phase: {error}")
+            return TrialResult(outcome, None, None, 0)
     with (
         thread_count(prepared.threads),
         study.backend.insert(
@@ -114,6 +125,7 @@ def run_trial(
                 checkpoint=checkpoint,
                 max_epochs=max_epochs,
                 regularisers=study.regularisers,
+                begin=trained.begin(inserted) if trained is not None else None,
             )
             evaluation = None
             metrics: dict[str, float] = {}
@@ -152,6 +164,7 @@ def run_trial(
             seed=seed,
             split=measure,
         )
-        if checkpoint is not None:
-            checkpoint.clear()
+        for kept in (checkpoint, first_checkpoint(folder)):
+            if kept is not None:
+                kept.clear()
         return TrialResult(outcome, evaluation, adapter, result.sample_epochs)

@@ -12,7 +12,7 @@ __all__ = ["counted", "finished", "is_replaced", "ordinal", "place", "role_of", 
 
 
 def role_of(trial: FrozenTrial) -> Role:
-    """`baseline`, `default`, `reference` or `trial`; a trial that somebody else put into the study is a `trial`."""
+    """The role of a trial; a trial that somebody else put into the study is a `trial`."""
     role: Role = trial.user_attrs.get("role", "trial")
     return role
 

@@ -72,7 +72,8 @@ class HistorySampler(BaseSampler):
             for t in trials
             if t.number != number
             and not is_replaced(t)
-            and role_of(t) != "reference"  # What more than the budget reaches says nothing about plans within it.
+            # What more than the budget or a second phase reaches says nothing about the knobs.
+            and role_of(t) not in ("reference", "repacked")
             and self._complete(t.params)
             and t.state != TrialState.WAITING
         ]

@@ -20,6 +20,7 @@ from autopeft.training import preempt
 from autopeft.training._device import check_device
 from autopeft.training._terms import Terms
 from autopeft.training.checkpoint import Checkpoint, Progress
+from autopeft.training.handover import Begin, Moments, named_parameters
 from autopeft.training.identity import training_identity
 from autopeft.training.liveness import Liveness
 from autopeft.training.optim import make_optimizer, optimised_count, schedule_factor, set_rates
@@ -54,6 +55,7 @@ class Fit:
         peak_bytes: peak memory allocated on a CUDA device, 0 elsewhere.
         threads: torch threads it ran with.
         stopped: whether `on_epoch` ended it.
+        moments: AdamW's moments by the parameters' names, where `max_epochs` ended it before its schedule.
     """
 
     curve: tuple[tuple[int, float], ...]
@@ -67,6 +69,7 @@ class Fit:
     peak_bytes: int
     threads: int
     stopped: bool
+    moments: Moments = field(default_factory=dict, compare=False, repr=False)
 
 
 def fit(
@@ -84,6 +87,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     max_epochs: int | None = None,
     regularisers: Mapping[str, Regulariser] | None = None,
+    begin: Begin | None = None,
 ) -> Fit:
     """Train the adapters and the head of a model.
 
@@ -105,6 +109,7 @@ def fit(
         checkpoint: where progress is kept, and where training continues from.
         max_epochs: stop after so many epochs.
         regularisers: name to regulariser: terms added to the loss, and changes of the gradients.
+        begin: where to begin when there is no checkpoint: behind another plan's first epochs.
 
     Raises:
         Diverged: when a loss, a gradient or a metric is NaN or infinite.
@@ -121,7 +126,9 @@ def fit(
     threads = thread_count(settings.threads) if settings.threads is not None else contextlib.nullcontext()
     with isolated_rng(derive_seed(seed, "fit")), threads:
         shaping = dict(regularisers or {})
-        run = _Run(inserted, task, settings, methods, seed, where, splits, watch, metric, on_epoch, checkpoint, shaping)
+        run = _Run(
+            inserted, task, settings, methods, seed, where, splits, watch, metric, on_epoch, checkpoint, shaping, begin
+        )
         try:
             return run.train(min(settings.epochs, max_epochs or settings.epochs))
         finally:
@@ -152,6 +159,7 @@ class _Run:
     on_epoch: OnEpoch | None
     checkpoint: Checkpoint | None
     regularisers: Mapping[str, Regulariser]
+    begin: Begin | None
 
     optimizer: torch.optim.AdamW = field(init=False)
     progress: Progress = field(init=False)
@@ -178,6 +186,8 @@ class _Run:
         }
         if self.regularisers:
             facts["regularisers"] = {name: repr(found) for name, found in sorted(self.regularisers.items())}
+        if self.begin is not None:
+            facts["begin"] = self.begin.digest
         self.progress = Progress(training_identity(self.inserted, self.task, self.settings, self.methods, facts), 0)
         self._rng: dict[str, Tensor] = {}
         self._terms = Terms(self.inserted, self.task, self.regularisers, self.seed)
@@ -192,6 +202,7 @@ class _Run:
             stopped = self._tell()
             self._save_if_due(force=self.progress.epoch == last < self.settings.epochs)
         done = self.progress
+        short = not stopped and done.epoch < self.settings.epochs
         return Fit(
             curve=done.curve,
             metrics=dict(done.metrics),
@@ -204,6 +215,7 @@ class _Run:
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             threads=torch.get_num_threads(),
             stopped=stopped,
+            moments=self._moments() if short else {},
         )
 
     def _epoch(self) -> None:
@@ -296,13 +308,34 @@ class _Run:
         """Continue from the checkpoint; whether `on_epoch` ends it at an epoch that was done before."""
         resumed = self.checkpoint.load(self.progress.identity) if self.checkpoint is not None else None
         if resumed is None:
-            return False
+            return self.begin is not None and self._go_on_from(self.begin)
         self.inserted.load_state(resumed.state)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": resumed.optimizer, "param_groups": groups})
         self.progress, self._rng = resumed.progress, resumed.rng
         self._terms.load_state(resumed.terms)
         return self.on_epoch is not None and any(self.on_epoch(*point) for point in resumed.progress.curve)
+
+    def _go_on_from(self, begin: Begin) -> bool:
+        """Take up where another plan's training ended; as `_resume`."""
+        self.inserted.load_state(begin.state)
+        for name, parameter in named_parameters(self.inserted).items():
+            if name in begin.moments:
+                kept = begin.moments[name]
+                self.optimizer.state[parameter] = {
+                    key: t.clone() if key == "step" else t.to(parameter, copy=True) for key, t in kept.items()
+                }
+        self.progress = replace(self.progress, epoch=begin.epoch, losses=begin.losses, curve=begin.curve)
+        return self.on_epoch is not None and any(self.on_epoch(*point) for point in begin.curve)
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """Copies on the CPU."""
+        state = self.optimizer.state
+        return {
+            name: {key: t.detach().to("cpu", copy=True) for key, t in state[parameter].items()}
+            for name, parameter in named_parameters(self.inserted).items()
+            if parameter in state
+        }
 
     def _save_if_due(self, force: bool) -> None:
         if self.checkpoint is not None:
