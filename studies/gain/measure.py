@@ -4,8 +4,9 @@
 
 ASSETS holds the files that `studies/assets/convert.py` makes. Options are drawn from the default menu of every cell in
 turn from bands of price and families of methods, so that prices within a band compare. Each is trained once at each
-learning rate, with the seed, the order and the head that the head alone has; its gain is the decrease of the negative
-log-likelihood on the outer split, at the rate that gives the largest. The test split stays sealed. Writes one file per
+learning rate, with the seed, the order and the head that the head alone has, and at half a decade more for as long as
+the largest rate is the best, twice at most; its gain is the decrease of the negative log-likelihood on the outer split,
+at the rate that gives the largest. The test split stays sealed. Writes one file per
 cell, `CELL.json`; trainings that the ledger holds are not repeated.
 """
 
@@ -18,12 +19,16 @@ from pathlib import Path
 from cells import BANDS, CELLS, Cell, alone, band_of, sampled
 
 from autopeft.core.allocation import Allocation
+from autopeft.core.outcome import Outcome
 from autopeft.pipeline.events import Event
 from autopeft.pipeline.facts import environment_facts
 from autopeft.pipeline.ledger import Ledger
 from autopeft.pipeline.prepare import prepare
 from autopeft.pipeline.runner import Runner
 from autopeft.store.atomic import write_json
+
+STEP = 10**0.5
+EXTENSIONS = 2
 
 
 def say(event: Event) -> None:
@@ -40,15 +45,20 @@ def measured(cell: Cell, assets: Path, output: Path, count: int, seed: int) -> N
     rows = []
     for option in sampled(prepared.energies(study).options, families, limit, count, seed):
         plan = alone(prepared, option)
-        tried = {}
-        for scale in cell.scales:
-            train = dataclasses.replace(study.train, lr_scale=scale)
-            one = dataclasses.replace(study, train=train)
-            tried[scale] = runner.train(one, plan, label=f"{option.key} {option.size} x{scale:g}").outcome
-        done = {scale: outcome for scale, outcome in tried.items() if outcome.status == "done"}
+        done: dict[float, Outcome] = {}
+
+        scales = list(cell.scales)
+        for scale in scales:
+            one = dataclasses.replace(study, train=dataclasses.replace(study.train, lr_scale=scale))
+            outcome = runner.train(one, plan, label=f"{option.key} {option.size} x{scale:.3g}").outcome
+            if outcome.status == "done":
+                done[scale] = outcome
+            is_best = scale in done and min(done, key=lambda s: done[s].metrics["nll"]) == scale
+            if is_best and scale == scales[-1] and len(scales) < len(cell.scales) + EXTENSIONS:
+                scales.append(scale * STEP)
         if not done:
             continue
-        best = min(done, key=lambda scale: done[scale].metrics["nll"])
+        best = min(done, key=lambda s: done[s].metrics["nll"])
         site = prepared.catalog[option.site]
         rows.append(
             {
