@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from autopeft.core.scores import Evidence, TensorEvidence
 
 __all__ = ["cross_valued"]
@@ -29,5 +29,10 @@ def cross_valued(evidence: Evidence) -> Evidence:
 def _crossed(known: TensorEvidence) -> TensorEvidence:
     if known.half_a is None or known.half_c is None:
         return known
-    whole, half = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (known.signal, known.half_c))
+    whole, half = _norm(known.signal), _norm(known.half_c)
     return replace(known, score=known.half_a.square(), signal=known.half_c * (whole / half if half > 0 else 0.0))
+
+
+def _norm(tensor: Tensor) -> float:
+    # Without torch by name: whoever reads a study imports this module, and must not wait for it.
+    return float(tensor.double().norm())

@@ -13,7 +13,6 @@ import numpy as np
 from autopeft.allocation._cross import cross_valued
 from autopeft.allocation._roles import ROLE_GROUPS, role_group
 from autopeft.allocation.hull import on_hull
-from autopeft.allocation.tangent import tangent_gains
 from autopeft.core.menu import Menu, Option
 from autopeft.core.places import places_of
 from autopeft.errors import UsageError
@@ -259,9 +258,7 @@ def _options(
     if method.family == "entries":
         evidence = cross_valued(evidence)
     try:
-        gains = (tangent_gains(method, site, evidence, sizes) if tangent else None) or method.gains(
-            site, evidence, sizes
-        )
+        gains = (_tangent(method, site, evidence, sizes) if tangent else None) or method.gains(site, evidence, sizes)
     except UsageError:
         # The scorer kept nothing for a slot that this method changes: it cannot be compared, so it is not offered.
         return []
@@ -275,3 +272,10 @@ def _options(
         Option(site.name, key, size, cost, float(gain), places)
         for (size, cost), gain in zip(priced, gains, strict=True)
     ]
+
+
+def _tangent(method: Method, site: Site, evidence: Evidence, sizes: list[int]) -> tuple[float, ...] | None:
+    # Imports torch, and whoever reads a study imports this module.
+    from autopeft.allocation.tangent import tangent_gains
+
+    return tangent_gains(method, site, evidence, sizes)
