@@ -17,7 +17,7 @@ from autopeft.backends.native import Native
 from autopeft.config.registries import METHODS
 from autopeft.core.allocation import Allocation
 from autopeft.core.budget import Budget
-from autopeft.core.contracts import Inserted, Method
+from autopeft.core.contracts import BasedMethod, Inserted, Method
 from autopeft.core.menu import Option
 from autopeft.core.places import places_of
 from autopeft.core.scores import Evidence, TensorEvidence
@@ -121,7 +121,8 @@ def mixed_plan(
                 continue
             size = rng.choice(method.sizes(site))
             indices = method.select(site, about(site), size)
-            options.append(Option(site.name, key, size, method.cost(site, size), 0.0, places, indices))
+            bases = method.bases(site, about(site), size, indices) if isinstance(method, BasedMethod) else None
+            options.append(Option(site.name, key, size, method.cost(site, size), 0.0, places, indices, bases))
             taken |= set(places)
     return Allocation(tuple(options), Budget(10**9, "bytes"))
 
