@@ -10,8 +10,10 @@ from autopeft.training.settings import LearningRates, TrainSettings
 
 
 def test_scaling_leaves_the_head_alone() -> None:
-    rates = LearningRates(head=1.0, matrix=2.0, core=3.0, entries=4.0, vector=5.0, adapter=6.0, tokens=7.0)
-    assert rates.scaled(0.5) == LearningRates(1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
+    rates = LearningRates(head=1.0, matrix=2.0, core=3.0, entries=4.0, vector=5.0, adapter=6.0, tokens=7.0, dense=8.0)
+    assert rates.scaled(0.5) == LearningRates(
+        head=1.0, matrix=1.0, core=1.5, entries=2.0, vector=2.5, adapter=3.0, tokens=3.5, dense=4.0
+    )
     assert TrainSettings(lr=rates, lr_scale=2.0).rates.core == 6.0
     assert TrainSettings(lr=rates, lr_scale=2.0).rates.head == 1.0
 
