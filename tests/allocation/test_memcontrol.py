@@ -139,7 +139,7 @@ def test_the_published_share_is_a_hard_budget_here(menus: Mapping[str, Menu]) ->
 
 
 def test_the_spaces_carry_the_learning_rate() -> None:
-    for layout, family in {"svdiff": "core", "difffit": "vector", "attention": "entries"}.items():
+    for layout, family in {"svdiff": "core", "difffit": "vector", "attention": "dense"}.items():
         (rate,) = [k for k in load_space(f"memcontrol_{layout}") if k.path.startswith("train.")]
         assert (rate.path, rate.low, rate.high, rate.log) == (f"train.lr.{family}", 1e-5, 1e-3, True)
         assert METHODS[f"memcontrol_{layout}"][rate_owner(layout)].family == family
