@@ -43,6 +43,8 @@ def study_flags(
     space: str | None = None,
     sampler: str | None = None,
     contenders: str | None = None,
+    tier: str | None = None,
+    warm_start: Sequence[Path] | None = None,
     seed: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -74,6 +76,8 @@ def study_flags(
         "search.space": space,
         "search.sampler": sampler,
         "search.contenders": contenders,
+        "search.tier": tier,
+        "search.warm_start": [str(run) for run in warm_start] if warm_start else None,
         "seed": seed,
         "device": device,
     }

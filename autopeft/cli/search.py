@@ -10,6 +10,7 @@ import typer
 from autopeft.cli import options as o
 from autopeft.cli.flags import read_study, study_flags
 from autopeft.cli.progress import Talk
+from autopeft.errors import UsageError
 
 __all__ = ["run_name", "search"]
 
@@ -38,6 +39,14 @@ def search(
     batch_size: o.BatchSize = None,
     epochs: o.Epochs = None,
     trials: Annotated[int | None, typer.Option(help="trials in all, baselines not counted", show_default="10")] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            help="what the search may cost in full trainings, baselines apart: default (0.3: default plan and its "
+            "learning rate), race (1: a race of known candidates), search (4: as many trials as that buys)",
+            show_default="as many as --trials",
+        ),
+    ] = None,
     time_limit: Annotated[
         str | None, typer.Option(help="time for the whole search, such as 150s, 20m or 2h; fewer epochs if need be")
     ] = None,
@@ -53,6 +62,10 @@ def search(
         typer.Option(
             help="whom to compare with: default, all, or names such as dora,full,s3delta", show_default="default"
         ),
+    ] = None,
+    warm_start: Annotated[
+        list[Path] | None,
+        typer.Option(help="run folder of an earlier search on the same model, to start from; repeatable"),
     ] = None,
     study: Annotated[str | None, typer.Option(help="name of the Optuna study", show_default="the run's name")] = None,
     storage: Annotated[
@@ -82,6 +95,8 @@ def search(
     from autopeft.pipeline.search import run_search
     from autopeft.store.paths import RunFolder
 
+    if tier is not None and trials is not None:
+        raise UsageError("--tier says what the search may cost, --trials how many trials it has; give one of them")
     flags = study_flags(
         model=model,
         pretrained=pretrained,
@@ -110,6 +125,8 @@ def search(
         space=space,
         sampler=sampler,
         contenders=contenders,
+        tier=tier,
+        warm_start=warm_start,
         seed=seed,
         device=device,
     )

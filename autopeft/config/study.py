@@ -22,9 +22,10 @@ from autopeft.core.goals import Front, Goals
 from autopeft.core.site import Fused
 from autopeft.errors import UnknownKey, UsageError
 from autopeft.models.spec import ModelSpec
+from autopeft.search.race import RaceTest
 from autopeft.training.settings import TrainSettings
 
-__all__ = ["DEFAULT_METHODS", "DataSettings", "SearchSettings", "Study"]
+__all__ = ["DEFAULT_METHODS", "DataSettings", "SearchSettings", "Study", "Tier"]
 
 DEFAULT_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -42,6 +43,9 @@ DEFAULT_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """The methods of a study that names none, and what each name stands for."""
+
+Tier = Literal["default", "race", "search"]
+"""What a search may cost, see `SearchSettings.tier`."""
 
 _LIMITLESS = 10**15
 """Base parameters that no share of a sensible size rounds to nothing of: checks a budget's spelling without a model."""
@@ -112,6 +116,14 @@ class SearchSettings:
         seeds: trainings per finalist at the end.
         tries: learning rates per contender; every contender and our own plans get the same number.
         sampler: proposes the knobs of the next trial: `tpe`, `random`, `nsga2` (for fronts) or `gp` (few, full trials).
+        tier: what the search may cost, in units of one full training and baselines apart: `default` (0.3: the default
+            plan with the best of three learning rates), `race` (1: a race of known candidates), `search` (4: as many
+            trials as that buys). None leaves it to `trials` and `time_limit`.
+        race_test: what decides that a candidate of a race is behind: `normal` or `wilcoxon`.
+        stop_delta: end the search once no knob setting is likely better than the best by more than this; None for no
+            such rule.
+        confidence: of that rule, and of the bound in the record.
+        warm_start: folders of earlier runs on the same model; their best knob settings are tried first.
         front: what is made of a reward with several goals: `first`, `epsilon`, `pareto`, or `auto`, see
             `autopeft.core.goals.Front`.
         limits: goal to the worst value that is allowed, for the others than the first.
@@ -130,6 +142,11 @@ class SearchSettings:
     seeds: int = 3
     tries: int = 2
     sampler: Annotated[Sampler, Plugin("search")] = field(default_factory=lambda: _builtin("search", "tpe"))
+    tier: Tier | None = None
+    race_test: RaceTest = "normal"
+    stop_delta: float | None = None
+    confidence: float = 0.9
+    warm_start: tuple[str, ...] = ()
     front: Front = "auto"
     limits: Mapping[str, float] = field(default_factory=dict)
     repack: Literal["auto", "off"] = "off"
@@ -145,6 +162,14 @@ class SearchSettings:
             raise UsageError(f"search.repack must be auto or off, got {self.repack!r}")
         if not self.contenders or not all(name.strip() for name in self.contenders):
             raise UsageError("search.contenders is empty; write default, all, or names such as uniform_lora")
+        if self.stop_delta is not None and not self.stop_delta >= 0:
+            raise UsageError(f"search.stop_delta must be at least 0, got {self.stop_delta!r}")
+        if not 0 < self.confidence < 1:
+            raise UsageError(f"search.confidence must lie between 0 and 1, got {self.confidence!r}")
+        for name, kinds in (("tier", Tier), ("race_test", RaceTest)):
+            if getattr(self, name) is not None and getattr(self, name) not in typing.get_args(kinds):
+                known = ", ".join(typing.get_args(kinds))
+                raise UsageError(f"search.{name} must be one of {known}, got {getattr(self, name)!r}")
         if not self.space.strip():
             raise UsageError("search.space is empty; give the name of a search space, or the path of its file")
 

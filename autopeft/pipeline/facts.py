@@ -56,7 +56,7 @@ def budget_facts(budget: Budget) -> dict[str, Any]:
 def search_facts(study: Study, trials: Sequence[Trial]) -> dict[str, Any]:
     """Goals, what was made of them, the sampler, and the trials of ours on the front."""
     goals = study.goals
-    ours = [t for t in trials if t.role != "baseline" and t.outcome.status == "done"]
+    ours = [t for t in trials if t.role not in ("baseline", "reference") and t.outcome.status == "done"]
     return {
         "goals": [{"name": n, "direction": d} for n, d in zip(goals.names, goals.directions, strict=True)],
         "mode": goals.mode,

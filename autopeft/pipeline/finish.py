@@ -95,6 +95,7 @@ def finish(runner: Runner, winner: Finalist, baselines: tuple[Finalist, ...], ru
                     measure=_TEST,
                     folder=adapter_folder(run, finalist, seed),
                     first=finalist.first,
+                    stage="finish",
                 )
             )
         entries.append(found)

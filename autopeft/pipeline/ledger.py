@@ -29,12 +29,19 @@ class Entry:
             when it did not finish.
         sample_epochs: samples that training has seen.
         key: what the training was.
+        shards: mean loss per shard of the measured split, see `autopeft.search.race.shard_means`; empty when it did not
+            finish or the task has no loss per sample.
+        stage: what it was for: `baselines`, `default`, `race`, `search`, `failed` or `finish`.
+        passes: what it cost with its evaluations, see `autopeft.pipeline.costs`.
     """
 
     outcome: Outcome
     merits: np.ndarray[Any, np.dtype[np.bool_]] | np.ndarray[Any, np.dtype[np.float64]]
     sample_epochs: int
     key: str = ""
+    shards: tuple[float, ...] = ()
+    stage: str = ""
+    passes: float = 0.0
 
 
 def training_key(facts: Mapping[str, Any]) -> str:
@@ -60,7 +67,15 @@ class Ledger:
             return None
         try:
             data = read_json(path)
-            return Entry(decode(Outcome, data["outcome"], str(path)), _read(data), data["sample_epochs"], key)
+            return Entry(
+                decode(Outcome, data["outcome"], str(path)),
+                _read(data),
+                data["sample_epochs"],
+                key,
+                tuple(data.get("shards", ())),
+                data.get("stage", ""),
+                data.get("passes", 0.0),
+            )
         except (CorruptFile, KeyError, ValueError, TypeError):
             return None
 
@@ -72,6 +87,9 @@ class Ledger:
             **_written(entry.merits),
             "n": len(entry.merits),
             "sample_epochs": entry.sample_epochs,
+            "shards": list(entry.shards),
+            "stage": entry.stage,
+            "passes": entry.passes,
         }
         write_json(self._folder / f"{key}.json", data)
 
@@ -79,6 +97,15 @@ class Ledger:
         """Samples that the trainings that were measured on this split have seen."""
         found = (self.get(path.stem) for path in self._folder.glob("*.json"))
         return sum(entry.sample_epochs for entry in found if entry is not None and entry.outcome.split == split)
+
+    def passes(self) -> dict[str, float]:
+        """Passes per stage of the trainings that are kept; what a process lost when it died is not."""
+        found: dict[str, float] = {}
+        for path in sorted(self._folder.glob("*.json")):
+            entry = self.get(path.stem)
+            if entry is not None:
+                found[entry.stage] = found.get(entry.stage, 0.0) + entry.passes
+        return found
 
 
 def _written(merits: np.ndarray[Any, Any]) -> dict[str, Any]:

@@ -90,8 +90,11 @@ def repack(runner: Runner, winner: Finalist, folder: Path) -> Repacked:
         return _write(folder, winner, Repacked(None, "training has shown nothing to change", seen))
     pairs = []
     for seed in (study.seed + i for i in range(study.search.seeds)):
-        plain = runner.train(study, winner.allocation, label=f"{winner.name}, seed {seed}", seed=seed)
-        packed = runner.train(study, second, label=f"{winner.name} repacked, seed {seed}", seed=seed, first=first)
+        plain = runner.train(
+            study, winner.allocation, label=f"{winner.name}, seed {seed}", seed=seed, stage="repacking"
+        )
+        label = f"{winner.name} repacked, seed {seed}"
+        packed = runner.train(study, second, label=label, seed=seed, first=first, stage="repacking")
         if plain.outcome.status == packed.outcome.status == "done":
             pairs.append((packed.merits, plain.merits))
     if not pairs:

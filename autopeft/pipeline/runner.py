@@ -11,10 +11,12 @@ import numpy as np
 
 from autopeft.core.allocation import Allocation
 from autopeft.core.outcome import Outcome, Split
+from autopeft.pipeline.costs import FORWARD, HEAD_ONLY
 from autopeft.pipeline.events import Emit, Event
 from autopeft.pipeline.ledger import Entry, Ledger, training_key
 from autopeft.pipeline.phases import FirstPhase, first_checkpoint
-from autopeft.pipeline.trial import run_trial
+from autopeft.pipeline.trial import TrialResult, run_trial
+from autopeft.search.race import shard_means
 
 if TYPE_CHECKING:
     from autopeft.config.study import Study
@@ -85,6 +87,7 @@ class Runner:
         watch: Split | None = None,
         on_epoch: Callable[[int, float], bool] | None = None,
         first: FirstPhase | None = None,
+        stage: str = "search",
     ) -> Entry:
         """Train a plan, or return what an equal training gave.
 
@@ -99,6 +102,7 @@ class Runner:
             watch: split evaluated after each epoch for `on_epoch`.
             on_epoch: called with (epoch, metric); True prunes.
             first: what is trained before the plan.
+            stage: what it is for, in the ledger; a training that failed counts as `failed` where it was of ours.
         """
         seed = study.seed if seed is None else seed
         key = self.key(study, allocation, seed, splits, measure, study.train.epochs, first)
@@ -119,7 +123,17 @@ class Runner:
             first=first,
         )
         merits = result.evaluation.merits if result.evaluation is not None else np.zeros(0, dtype=bool)
-        entry = Entry(result.outcome, merits, result.sample_epochs, key)
+        losses = result.evaluation.losses if result.evaluation is not None else None
+        ours = stage in ("default", "race", "search")
+        entry = Entry(
+            result.outcome,
+            merits,
+            result.sample_epochs,
+            key,
+            () if losses is None else shard_means(losses),
+            "failed" if ours and result.outcome.status == "failed" else stage,
+            self._passes(study, allocation, result, splits, measure, watched=watch is not None),
+        )
         if result.outcome.status == "failed" and folder is not None:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             kept = first_checkpoint(folder)
@@ -134,6 +148,25 @@ class Runner:
         if outcome.status != "done":
             return (float("-inf"), float("-inf"), float("-inf"))
         return (*study.goals.merit(study.reward.value(outcome)), -outcome.metrics.get("nll", 0.0))
+
+    def _passes(
+        self,
+        study: Study,
+        allocation: Allocation,
+        result: TrialResult,
+        splits: tuple[Split, ...],
+        measure: Split,
+        *,
+        watched: bool,
+    ) -> float:
+        """What a training cost. One that failed is charged in full: it is not known how far it came."""
+        sizes, outcome = self.prepared.task.sizes, result.outcome
+        samples = float(result.sample_epochs)
+        if outcome.status == "failed":
+            samples = study.train.epochs * study.train.data_fraction * sum(sizes[split] for split in splits)
+        evaluations = (len(outcome.curve) if watched else 0) + (outcome.status != "pruned")
+        weight = 1.0 if len(allocation) else HEAD_ONLY
+        return weight * samples + FORWARD * evaluations * sizes[measure]
 
     def _say(self, label: str, outcome: Outcome, study: Study, again: bool = False) -> None:
         if outcome.status == "done":

@@ -9,15 +9,15 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from autopeft.config.decode import load_study, study_from_dict, study_to_dict, study_to_yaml
 from autopeft.core.codec import decode, encode
-from autopeft.core.outcome import Split
 from autopeft.core.record import Record, Role, Trial
 from autopeft.errors import StaleRun, TrainingFailed, UsageError
 from autopeft.models.graph import dataflow
-from autopeft.pipeline.contenders import Group, all_contenders, contender_names
+from autopeft.pipeline.contenders import Candidate, Group, all_contenders, contender_names
+from autopeft.pipeline.costs import TIERS, fixed_costs, full_training, own_costs
 from autopeft.pipeline.deliver import deliver, with_exports
 from autopeft.pipeline.effort import Effort, finish_seconds, plan_effort
 from autopeft.pipeline.events import Emit, Event, silent
@@ -27,13 +27,16 @@ from autopeft.pipeline.knobs import baseline_values
 from autopeft.pipeline.ledger import Ledger
 from autopeft.pipeline.planfile import read_plan, write_plan
 from autopeft.pipeline.planning import as_plan
+from autopeft.pipeline.portfolio import portfolio
 from autopeft.pipeline.prepare import Prepared, prepare
 from autopeft.pipeline.publish import publish
+from autopeft.pipeline.race import race
 from autopeft.pipeline.repack import repack, wants_repacking
 from autopeft.pipeline.runner import Runner
 from autopeft.pipeline.standings import Standings
 from autopeft.pipeline.trials import TrialLoop, make_trial, open_searcher, study_identity
-from autopeft.pipeline.tune import Tuned, tune
+from autopeft.pipeline.tune import Tuned, tune, tune_within
+from autopeft.pipeline.warm import kept_points
 from autopeft.store.atomic import read_json, write_json, write_text
 from autopeft.store.lock import RunLock
 from autopeft.store.paths import RunFolder
@@ -49,7 +52,8 @@ if TYPE_CHECKING:
 __all__ = ["run_search"]
 
 _BASELINES_AT_END = 2
-_SEALED: Split = get_args(Split)[-1]
+_MANY = 10**6
+"""Trials of a search that its tier ends."""
 
 
 def run_search(
@@ -99,11 +103,19 @@ def run_search(
             searcher = open_searcher(prepared, study, run, effort, storage=storage, name=study_name)
         searcher.reap()
         runner = Runner(prepared, Ledger(run.root / "ledger"), emit)
-        _run_baselines(runner, study, groups, effort, searcher, run, standings)
+        tier = study.search.tier
+        allowance = None if tier is None else TIERS[tier] * full_training(prepared, effort)
+        _run_baselines(runner, study, groups, effort, searcher, run, standings, allowance)
         deadline = None
         if study.search.time_limit is not None:
             deadline = started + study.search.time_limit - finish_seconds(prepared, study, effort) / 0.9
-        TrialLoop(runner, study, searcher, effort, run).until(study.search.trials, deadline)
+        total = study.search.trials
+        if tier is not None:
+            total = _MANY if tier == "search" else 0
+        points = kept_points(
+            run.root / "warm.json", study.search.warm_start, prepared.catalog.fingerprint, study.goals, searcher.space
+        )
+        TrialLoop(runner, study, searcher, effort, run, points).until(total, deadline, allowance=allowance)
         return _finish(runner, study, searcher, run, started, emit)
 
 
@@ -223,16 +235,50 @@ def _run_baselines(
     searcher: OptunaSearcher,
     run: RunFolder,
     standings: Standings,
+    allowance: float | None,
 ) -> None:
-    """Tune the contenders and tell the study; they are the first trials and do not count in `search.trials`."""
+    """Tune the contenders and tell the study; they are the first trials and do not count in `search.trials`.
+
+    The default plan is tuned by short runs alone in the tier `default`, and one candidate of a race in the tier `race`.
+    """
     known = {trial.name for trial in searcher.finished() if trial.role != "trial"}
+    left = None if allowance is None else allowance - sum(fixed_costs(runner.prepared).values())
     for index, group in enumerate(groups):
         runner.emit(Event("progress", f"contender {group.name}", index, len(groups)))
         if any(name == group.name or name in {c.name for c in group.candidates} for name in known):
             continue
-        tuned = tune(runner, study, group, effort)
+        if group.role == "default" and study.search.tier == "race":
+            assert left is not None
+            _run_race(runner, study, groups, effort, searcher, run, left)
+            continue
+        if group.role == "default" and study.search.tier == "default":
+            assert left is not None
+            tuned = tune_within(runner, study, group, effort, left)
+        else:
+            tuned = tune(runner, study, group, effort)
         standings.tuned(group, tuned, effort.tries or study.search.tries)
         _tell_baseline(runner, searcher, group.role, tuned, run)
+
+
+def _run_race(
+    runner: Runner,
+    study: Study,
+    groups: tuple[Group, ...],
+    effort: Effort,
+    searcher: OptunaSearcher,
+    run: RunFolder,
+    allowance: float,
+) -> None:
+    """Race the portfolio and tell the study the winner, as a searched trial."""
+    if any(trial.role == "trial" for trial in searcher.finished()):
+        return
+    arms = portfolio(runner.prepared, study, groups)
+    heat = race(runner, arms, effort, full_training(runner.prepared, effort), allowance)
+    write_json(run.root / "race.json", heat.facts)
+    train = dataclasses.replace(heat.arm.study.train, epochs=heat.epochs, data_fraction=effort.fraction)
+    trained = dataclasses.replace(heat.arm.study, train=train)
+    candidate = Candidate(f"race winner: {heat.arm.name}", heat.arm.allocation)
+    _tell_baseline(runner, searcher, "trial", Tuned(candidate, trained, heat.arm.lr_scale, heat.outcome), run)
 
 
 def _tell_baseline(runner: Runner, searcher: OptunaSearcher, role: Role, tuned: Tuned, run: RunFolder) -> None:
@@ -273,6 +319,11 @@ def _finish(
     trials = searcher.finished()
     baselines = _ranked(runner, study, trials, ("baseline",))[:_BASELINES_AT_END]
     finalists = [_finalist(run, study, trial) for trial in (winner, *baselines)]
+    if study.search.tier is not None:
+        # What was chosen by short trainings is trained in full at the end.
+        effort = _effort(prepared, study, (), run, 0.0)
+        train = dataclasses.replace(finalists[0].study.train, epochs=effort.epochs, data_fraction=effort.fraction)
+        finalists[0] = dataclasses.replace(finalists[0], study=dataclasses.replace(finalists[0].study, train=train))
     emit(Event("stage", f"finish: {', '.join(f.name for f in finalists)}, {study.search.seeds} seeds each"))
     contenders = finish(runner, finalists[0], tuple(finalists[1:]), run.root)
     costs = {**_costs(runner, finalists[0]), **repacking}
@@ -289,7 +340,7 @@ def _finish(
         costs,
         environment_facts(prepared),
         {name: round(value, 3) for name, value in prepared.seconds.items()},
-        search_facts(study, trials),
+        search_facts(study, trials) | _how(study, searcher, run),
         Standings(run).read(),
     )
     seed = next(o.seed for o in contenders[0].outcomes if o.status == "done")
@@ -318,7 +369,7 @@ def _repacked(
     second = found.finalist
     known = [t for t in searcher.finished() if t.role == "repacked" and t.digest == second.allocation.digest]
     if not known:
-        entry = runner.train(second.study, second.allocation, label=second.name, first=second.first)
+        entry = runner.train(second.study, second.allocation, label=second.name, first=second.first, stage="repacking")
         number = searcher.next_number()
         plan = run.plan(searcher.place(number))
         write_plan(as_plan(runner.prepared, second.study, second.allocation, first=second.first), plan)
@@ -340,6 +391,18 @@ def _repacked(
         )
         known = [t for t in searcher.finished() if t.role == "repacked" and t.digest == second.allocation.digest]
     return known[-1], costs
+
+
+def _how(study: Study, searcher: OptunaSearcher, run: RunFolder) -> dict[str, Any]:
+    """The tier, the race, the bound on what is left, and where the first settings came from."""
+    found: dict[str, Any] = {"tier": study.search.tier}
+    if (run.root / "race.json").is_file():
+        found["race"] = read_json(run.root / "race.json")
+    elif (certificate := searcher.certificate(study.search.confidence)) is not None:
+        found["certificate"] = encode(certificate)
+    if (run.root / "warm.json").is_file():
+        found["warm_start"] = read_json(run.root / "warm.json")["points"]
+    return found
 
 
 def _ranked(runner: Runner, study: Study, trials: tuple[Trial, ...], roles: tuple[Role, ...]) -> list[Trial]:
@@ -367,14 +430,14 @@ def _finalist(run: RunFolder, study: Study, trial: Trial) -> Finalist:
 
 
 def _costs(runner: Runner, winner: Finalist) -> dict[str, float]:
-    """Samples seen per stage, also by earlier processes of this run, and in one full training for comparison."""
+    """Passes per stage, also of earlier processes of this run, and of one full training for comparison."""
     sizes, train = runner.prepared.task.sizes, winner.study.train
     runner.prepared.scores_for(winner.study)  # An earlier process may have measured its bases.
+    trained = runner.ledger.passes()
     return {
-        "scoring": float(runner.prepared.scores.origin.n_samples),
-        **({"bases": float(seen)} if (seen := runner.prepared.basis_samples) else {}),
-        "search": float(runner.ledger.sample_epochs("outer")),
-        "finish": float(runner.ledger.sample_epochs(_SEALED)),
+        **own_costs(runner.prepared, runner.ledger),
+        "baselines": trained.get("baselines", 0.0),
+        "finish": trained.get("finish", 0.0),
         "full_training": train.epochs * train.data_fraction * (sizes["inner"] + sizes["outer"]),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,15 @@ from autopeft.core.allocation import Allocation
 from autopeft.core.outcome import Outcome
 from autopeft.core.record import Role, Trial
 from autopeft.errors import InfeasibleBudget, Preempted
+from autopeft.pipeline.costs import fixed_costs, run_cost, trained_costs
 from autopeft.pipeline.effort import Effort
 from autopeft.pipeline.events import Event
 from autopeft.pipeline.knobs import apply_knobs, relevant_space
 from autopeft.pipeline.plan import make_plan
 from autopeft.pipeline.planfile import write_plan
 from autopeft.pipeline.planning import as_plan
-from autopeft.search.optuna_study import OptunaSearcher
+from autopeft.pipeline.warm import WarmPoint
+from autopeft.search.optuna_study import OptunaSearcher, Suggested
 from autopeft.store.paths import RunFolder
 from autopeft.store.storage import default_url, masked_url
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["TrialLoop", "make_trial", "open_searcher", "study_identity"]
 
 _POLL_SECONDS = 1.0
+
+_LEAST_BEFORE_STOP = 5
+"""Searched trials before the rule of `search.stop_delta` is asked."""
 
 
 def open_searcher(
@@ -76,11 +81,11 @@ def open_searcher(
 def study_identity(study: Study) -> dict[str, Any]:
     """What may not differ between two calls or two processes of one study.
 
-    The number of trials, the time limit and the device may.
+    The number of trials, the time limit, the rule to stop and the device may.
     """
     data = study_to_dict(study)
     data.pop("device", None)
-    data["search"] = {k: v for k, v in data["search"].items() if k not in ("trials", "time_limit")}
+    data["search"] = {k: v for k, v in data["search"].items() if k not in ("trials", "time_limit", "stop_delta")}
     return data
 
 
@@ -93,16 +98,29 @@ class TrialLoop:
         searcher: asks and is told.
         effort: full fidelity in epochs.
         run: the run folder.
+        warm: knob settings of earlier runs, tried first.
     """
 
-    def __init__(self, runner: Runner, study: Study, searcher: OptunaSearcher, effort: Effort, run: RunFolder) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        study: Study,
+        searcher: OptunaSearcher,
+        effort: Effort,
+        run: RunFolder,
+        warm: Sequence[WarmPoint] = (),
+    ) -> None:
+        self._warm = tuple(warm)
+        self._fixed: float | None = None
         self._runner = runner
         self._study = study
         self._searcher = searcher
         self._effort = effort
         self._run = run
 
-    def until(self, total: int, deadline: float | None = None, most: int | None = None) -> int:
+    def until(
+        self, total: int, deadline: float | None = None, most: int | None = None, allowance: float | None = None
+    ) -> int:
         """Run trials until the study has `total` that are complete, pruned or failed, whoever ran them.
 
         Trials of dead processes are asked again first. When other processes still run the last ones, this waits.
@@ -111,6 +129,8 @@ class TrialLoop:
             total: trials in all, baselines not counted.
             deadline: `time.perf_counter()` after which no trial is started.
             most: trials that this process runs at most.
+            allowance: passes that the whole search of this run folder may cost, see `autopeft.pipeline.costs`; no trial
+                is started that could exceed it.
 
         Returns:
             Trials that this process ran.
@@ -120,6 +140,11 @@ class TrialLoop:
             self._searcher.reap()
             if deadline is not None and time.perf_counter() > deadline and done:
                 self._emit("stage", f"time limit: {self._searcher.count()} of {total} trials")
+                break
+            if allowance is not None and not self._affordable(allowance):
+                self._emit("stage", f"the tier's cost is reached: {self._searcher.count()} trials")
+                break
+            if self._certified():
                 break
             left = self._searcher.remaining(total)
             if left <= 0:
@@ -131,8 +156,37 @@ class TrialLoop:
             done += 1
         return done
 
+    def _affordable(self, allowance: float) -> bool:
+        if self._fixed is None:
+            self._fixed = sum(fixed_costs(self._runner.prepared).values())
+        spent = self._fixed + sum(trained_costs(self._runner.ledger).values())
+        watched = self._effort.epochs + 1
+        price = run_cost(self._runner.prepared, self._effort.epochs, self._effort.fraction, watched)
+        return spent + price <= allowance
+
+    def _certified(self) -> bool:
+        """Whether the search may end because no knob setting is likely better by more than the study's delta."""
+        search = self._study.search
+        if search.stop_delta is None or self._searcher.begun() < max(_LEAST_BEFORE_STOP, len(self._warm)):
+            return False
+        found = self._searcher.certificate(search.confidence)
+        if found is None or found.delta > search.stop_delta:
+            return False
+        self._emit(
+            "stage",
+            f"stopped: with {found.confidence:.0%} confidence no setting is better by more than {found.delta:.4g}",
+        )
+        return True
+
+    def _ask(self) -> Suggested:
+        """The next trial; the settings of earlier runs come first, what a dead process left behind before them."""
+        begun = self._searcher.begun()
+        if begun < len(self._warm) and not self._searcher.states()["waiting"]:
+            return self._searcher.ask(self._warm[begun].values)
+        return self._searcher.ask()
+
     def _one(self, total: int) -> None:
-        suggestion = self._searcher.ask()
+        suggestion = self._ask()
         number, place = suggestion.number, self._searcher.place(suggestion.number)
         label, plan = f"trial {place}", self._run.plan(place)
         self._runner.emit(Event("progress", label, self._searcher.count(), total))
@@ -155,7 +209,13 @@ class TrialLoop:
 
         try:
             entry = self._runner.train(
-                study, allocation, label=label, folder=self._run.trial(place), watch="outer", on_epoch=on_epoch
+                study,
+                allocation,
+                label=label,
+                folder=self._run.trial(place),
+                watch="outer",
+                on_epoch=on_epoch,
+                stage="search",
             )
         except Preempted:
             # Other hosts need not wait until this process counts as dead.

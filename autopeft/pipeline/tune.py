@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from autopeft.core.outcome import Outcome
+from autopeft.errors import UsageError
 from autopeft.pipeline.contenders import Candidate, Group
+from autopeft.pipeline.costs import run_cost
 from autopeft.pipeline.runner import Runner
 
 if TYPE_CHECKING:
     from autopeft.config.study import Study
     from autopeft.pipeline.effort import Effort
 
-__all__ = ["Tuned", "learning_rate_scales", "tune"]
+__all__ = ["Tuned", "learning_rate_scales", "tune", "tune_within"]
 
 _STEP = 10**0.5
 """Learning rates are tried half a decade apart."""
@@ -53,6 +55,7 @@ def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
     The short runs have complete schedules of their own. The best has the highest reward on the outer split; ties go
     to the lower negative log-likelihood, then to the earlier variant.
     """
+    stage = "default" if group.role == "default" else "baselines"
     scales = learning_rate_scales(effort.tries or study.search.tries)
     arms = [(candidate, scale) for candidate in group.candidates for scale in scales]
     best = arms[0]
@@ -61,7 +64,8 @@ def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
         ranked = []
         for order, (candidate, scale) in enumerate(arms):
             trial = _with(candidate.under(study), scale, effort.rung, effort.fraction)
-            entry = runner.train(trial, candidate.allocation, label=f"{candidate.name}, learning rate x{scale:.2g}")
+            label = f"{candidate.name}, learning rate x{scale:.2g}"
+            entry = runner.train(trial, candidate.allocation, label=label, stage=stage)
             ranked.append((runner.rank(trial, entry.outcome), -order))
             if entry.outcome.status == "done":
                 pick = max if study.reward.goals[0] == "maximize" else min
@@ -70,8 +74,38 @@ def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
         best = arms[-max(ranked)[1]]
     candidate, scale = best
     chosen = _with(candidate.under(study), scale, effort.epochs, effort.fraction)
-    entry = runner.train(chosen, candidate.allocation, label=candidate.name)
+    entry = runner.train(chosen, candidate.allocation, label=candidate.name, stage=stage)
     return Tuned(candidate, chosen, scale, entry.outcome, rewards)
+
+
+def tune_within(runner: Runner, study: Study, group: Group, effort: Effort, allowance: float) -> Tuned:
+    """The first variant with the best of three learning rates, by short runs alone, within an allowance of passes.
+
+    The runs have complete schedules of their own, as long as the allowance bears, and two rates or one where it bears
+    no more than an epoch each.
+
+    Raises:
+        UsageError: when it bears no epoch at all.
+    """
+    candidate = group.candidates[0]
+    scales = {3: learning_rate_scales(3), 2: learning_rate_scales(2), 1: (1.0,)}
+    per_epoch, fixed = run_cost(runner.prepared, 1, effort.fraction, 0), run_cost(runner.prepared, 0, 1.0)
+    for tries in (3, 2, 1):
+        epochs = min(effort.epochs, int((allowance / tries - fixed) // per_epoch))
+        if epochs >= 1:
+            break
+    else:
+        raise UsageError(
+            f"one epoch of the default plan needs {per_epoch + fixed:,.0f} passes and {max(0.0, allowance):,.0f} are "
+            f"left; train for more epochs (--epochs), or use --tier race"
+        )
+    runs: list[tuple[tuple[float, ...], int, Tuned]] = []
+    for scale in scales[tries]:
+        chosen = _with(study, scale, epochs, effort.fraction)
+        label = f"{candidate.name}, learning rate x{scale:.2g}"
+        entry = runner.train(chosen, candidate.allocation, label=label, stage="default")
+        runs.append((runner.rank(chosen, entry.outcome), -len(runs), Tuned(candidate, chosen, scale, entry.outcome)))
+    return max(runs, key=lambda run: run[:2])[2]
 
 
 def _with(study: Study, lr_scale: float, epochs: int, fraction: float) -> Study:

@@ -16,6 +16,7 @@ from autopeft.report.fronts import front_figure, front_table
 from autopeft.report.loading import loading_notes
 from autopeft.report.packing import packing_lines
 from autopeft.report.rows import AllocationRow, allocation_rows, spending
+from autopeft.report.searched import race_table, search_notes
 from autopeft.report.tables import allocation_table, contender_table, cost_table, trial_table
 from autopeft.report.verdict import Verdict, verdict
 
@@ -73,6 +74,8 @@ def render_html(
         packing=packing_lines(packing or {}, record.budget.get("limit", 0)),
         trials=trial_table(record),
         front=front_table(record),
+        race=race_table(record),
+        notes=search_notes(record),
         costs=cost_table(record),
         exports=[
             {"kind": kind, "path": path, "code": loading_notes(kind, path)} for kind, path in record.exports.items()

@@ -12,6 +12,7 @@ from autopeft.report.fronts import front_table
 from autopeft.report.loading import loading_notes
 from autopeft.report.packing import packing_lines
 from autopeft.report.rows import AllocationRow, allocation_rows
+from autopeft.report.searched import race_table, search_notes
 from autopeft.report.tables import (
     Table,
     allocation_table,
@@ -54,8 +55,10 @@ def render_markdown(
             front.markdown(),
             "None of our plans beats these in every goal; the star marks the one taken.",
         ]
+    if (raced := race_table(record)).rows:
+        parts += ["## Race", raced.markdown()]
     if record.trials:
-        parts += ["## Search history", _history(record), trial_table(record).markdown()]
+        parts += ["## Search history", _history(record), *search_notes(record), trial_table(record).markdown()]
     if record.costs or record.seconds:
         parts += ["## Costs", cost_table(record).markdown()]
     if record.exports:

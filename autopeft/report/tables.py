@@ -26,6 +26,8 @@ __all__ = [
 _FULL = "full_training"
 """What `Record.costs` calls the price of one full training."""
 
+_OTHERS, _LAST = "baselines", "finish"
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -137,20 +139,31 @@ def spending_tables(rows: Iterable[AllocationRow]) -> tuple[Table, ...]:
 
 
 def cost_table(record: Record) -> Table:
-    """What the run cost, in sample-epochs and in units of one full training, with the wall time per stage."""
+    """What the run cost per stage, in training passes of one sample and in units of one full training.
+
+    What belongs to the search of our plan is one column, what the baselines cost another, and the trainings at the end,
+    which are alike for all, stand below their sums.
+    """
     full = record.costs.get(_FULL, 0.0)
-    spent = {stage: value for stage, value in record.costs.items() if stage != _FULL}
-    rows = [
-        (stage, number(value), f"{value / full:.2f}" if full else "-", _seconds(record, stage))
-        for stage, value in spent.items()
-    ]
-    rows += [(stage, "", "", stage_seconds(s)) for stage, s in record.seconds.items() if stage not in spent]
-    if len(spent) > 1:
-        total = sum(spent.values())
-        rows.append(("all of it", number(total), f"{total / full:.2f}" if full else "-", ""))
+    ours = {stage: value for stage, value in record.costs.items() if stage not in (_FULL, _OTHERS, _LAST)}
+
+    def row(stage: str, own: float | None, others: float | None, seconds: str = "") -> tuple[str, ...]:
+        texts = [f"{v / full:.2f}" if full else "-" for v in (own, others) if v is not None]
+        cells = [texts.pop(0) if v is not None else "" for v in (own, others)]
+        return (stage, number((own or 0.0) + (others or 0.0)), *cells, seconds)
+
+    rows = [row(stage, value, None, _seconds(record, stage)) for stage, value in ours.items()]
+    if _OTHERS in record.costs:
+        rows.append(row(_OTHERS, None, record.costs[_OTHERS], _seconds(record, _OTHERS)))
+    if len(rows) > 1:
+        rows.append(row("search in all", sum(ours.values()), record.costs.get(_OTHERS)))
+    if _LAST in record.costs:
+        rows.append(row(_LAST, record.costs[_LAST], None, _seconds(record, _LAST)))
+    rows += [(stage, "", "", "", stage_seconds(s)) for stage, s in record.seconds.items() if stage not in record.costs]
     if full:
-        rows.append(("one full training", number(full), "1.00", ""))
-    return Table("Costs", ("stage", "sample-epochs", "full trainings", "wall time"), tuple(rows), "lrrr")
+        rows.append(("one full training", number(full), "1.00", "", ""))
+    header = ("stage", "passes", "full trainings", "baselines", "wall time")
+    return Table("Costs", header, tuple(rows), "lrrrr")
 
 
 def environment_table(record: Record) -> Table:

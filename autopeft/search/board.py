@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from autopeft.core.goals import Goals
 from autopeft.core.record import Role, Trial
+from autopeft.core.space import Space
 from autopeft.search._calm import calm
+from autopeft.search.certificate import Certificate, certify, coordinates
 from autopeft.search.entry import as_trial
 from autopeft.search.history import counted, finished, is_replaced, place, role_of, with_state
 
 __all__ = ["Board"]
+
+_LEAST = 3
+"""Values below which nothing can be bounded."""
 
 
 class Board:
@@ -23,10 +29,12 @@ class Board:
         study: the study, opened.
         where: the storage, for messages.
         goals: what is searched for.
+        space: the knobs.
     """
 
-    def __init__(self, study: Study, where: str, goals: Goals) -> None:
+    def __init__(self, study: Study, where: str, goals: Goals, space: Space) -> None:
         self._goals = goals
+        self._space = space
         self._study = study
         self._where = where
 
@@ -80,6 +88,33 @@ class Board:
         """Searched trials that are complete, pruned or failed, whoever ran them; baselines do not count."""
         with calm(self._where):
             return len(counted(self._trials()))
+
+    def begun(self) -> int:
+        """Searched trials that were begun, whatever came of them; one asked again after a crash counts once."""
+        with calm(self._where):
+            trials = self._trials()
+        return sum(1 for t in trials if role_of(t) == "trial" and not is_replaced(t) and t.state != TrialState.WAITING)
+
+    def certificate(self, confidence: float) -> Certificate | None:
+        """How much better than the best trial of ours a knob setting could still be, see `autopeft.search.certificate`.
+
+        It rests on the complete trials within the budget, whose first goal it is about; None for fewer than three, on
+        the way to a front, or when the best is not known by its knobs.
+        """
+        if self._goals.mode == "pareto":
+            return None
+        with calm(self._where):
+            done = [t for t in finished(self._trials()) if t.state == TrialState.COMPLETE and t.values]
+        known = [t for t in done if role_of(t) not in ("reference", "repacked")]
+        rows = [t for t in known if all(knob.path in t.params for knob in self._space)]
+        kept = [t for t in rows if not any(v > 0 for v in t.constraints.values())]
+        sign = 1.0 if self._goals.directions[0] == "maximize" else -1.0
+        ours = [i for i, t in enumerate(kept) if role_of(t) in ("trial", "default")]
+        if len(kept) < _LEAST or not ours:
+            return None
+        points = np.stack([coordinates(self._space, t.params) for t in kept])
+        values = [sign * (t.values or [0.0])[0] for t in kept]
+        return certify(points, values, max(ours, key=lambda i: (values[i], -i)), confidence)
 
     def states(self) -> dict[str, int]:
         """How many searched trials are `complete`, `pruned`, `failed`, `running` and `waiting`."""

@@ -61,8 +61,7 @@ class OptunaSearcher(Board):
     def __init__(
         self, study: Study, space: Space, sampler: HistorySampler, where: str, goals: Goals, *, prunes: bool = True
     ) -> None:
-        super().__init__(study, where, goals)
-        self._space = space
+        super().__init__(study, where, goals, space)
         self._prunes = prunes and len(goals.searched) == 1
         self._sampler = sampler
         self._custody = Custody(where, study.study_name)

@@ -33,12 +33,15 @@ class Evaluation:
         interval: 95 % bootstrap interval of the first metric, over samples.
         merits: per sample, in file order, for paired tests, (n,): whether it was classified correctly, as bool; how
             well it is done in other tasks, float64, higher is better.
+        losses: per sample, in the same order, its negative log-likelihood in nats, float64 of shape (n,); None where
+            the task has none.
     """
 
     split: Split
     metrics: Mapping[str, float]
     interval: tuple[float, float]
     merits: NDArray[np.bool_] | NDArray[np.float64]
+    losses: NDArray[np.float64] | None = None
 
     @property
     def top1(self) -> float:
@@ -86,9 +89,9 @@ def evaluate(model: nn.Module, task: Task, split: Split, device: torch.device | 
             "lower the learning rates (train.lr_scale) and train again"
         )
     correct: Any = (logits.argmax(dim=1) == labels).numpy()
-    return Evaluation(
-        split, classification_metrics(logits, labels), bootstrap_interval(correct.astype(np.float64)), correct
-    )
+    losses = nn.functional.cross_entropy(logits.double(), labels, reduction="none").numpy()
+    interval = bootstrap_interval(correct.astype(np.float64))
+    return Evaluation(split, classification_metrics(logits, labels), interval, correct, losses)
 
 
 def _judged(model: nn.Module, task: Judging, split: Split) -> Evaluation:

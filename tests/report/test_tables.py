@@ -79,9 +79,9 @@ def test_blocks_are_left_out_where_depths_are_unknown(options):
 
 def test_costs_are_in_units_of_one_full_training(record):
     rows = cost_table(record).rows
-    assert rows[0] == ("scores", "50", "0.25", "1.0 s")
-    assert rows[1] == ("search", "400", "2.00", "1 min 15 s")
-    assert rows[2][:3] == ("all of it", "450", "2.25")
+    assert rows[0] == ("scores", "50", "0.25", "", "1.0 s")
+    assert rows[1] == ("search", "400", "2.00", "", "1 min 15 s")
+    assert rows[2][:3] == ("search in all", "450", "2.25")
     assert rows[3][:3] == ("one full training", "200", "1.00")
 
 
