@@ -26,6 +26,35 @@ settings.load_profile("ci")
 _ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
 _unlisted: list[str] = []
 
+_LONGEST = ("pipeline", "test_house.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker for every core that may be used; none where only files or single tests are asked for."""
+    named = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", "")
+    if named.isdecimal():
+        return int(named)
+    if all(argument.partition("::")[0].endswith(".py") for argument in config.args):
+        return 0
+    return _cores()
+
+
+def _cores() -> int:
+    """Cores of this process: those it may run on, or fewer where a container's share of time is smaller."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: a worker is given whole files, and none should wait for the last."""
+    first = tuple(Path(__file__).parent / name for name in _LONGEST)
+    items.sort(key=lambda item: not any(item.path.is_relative_to(place) for place in first))
+
 
 def _allowed() -> list[tuple[str, str]]:
     lines = [line for line in _ALLOWED_SKIPS.read_text().splitlines() if line.strip() and not line.startswith("#")]

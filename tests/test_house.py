@@ -248,13 +248,18 @@ def test_the_list_of_skips_names_tests_that_exist_and_reasons() -> None:
         assert reason, line
 
 
-@pytest.mark.parametrize(("ci", "reason", "code"), [("true", "no luck", 1), ("true", "known: today", 0), ("", "x", 0)])
-def test_a_skip_that_is_not_listed_fails_the_run_of_ci(tmp_path: Path, ci: str, reason: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("ci", "reason", "code", "workers"),
+    [("true", "no luck", 1, "0"), ("true", "no luck", 1, "2"), ("true", "known: today", 0, "2"), ("", "x", 0, "0")],
+)
+def test_a_skip_that_is_not_listed_fails_the_run_of_ci(
+    tmp_path: Path, ci: str, reason: str, code: int, workers: str
+) -> None:
     shutil.copy(TESTS / "conftest.py", tmp_path)
     (tmp_path / "allowed_skips.txt").write_text("# comment\ntest_it.py: known\n")
     (tmp_path / "test_it.py").write_text(f"import pytest\ndef test_it(): pytest.skip({reason!r})\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers],
         cwd=tmp_path,
         capture_output=True,
         text=True,
