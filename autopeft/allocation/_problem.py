@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -150,7 +150,14 @@ class Problem:
                 programme.row([terms[term.after], column], [1.0, -1.0], 0.0)
             _switched(programme, members, column)
         amounts = [term.amount / unit for term in cap.terms]
-        programme.row([*range(len(kept)), *terms], [*own, *amounts], (cap.most - cap.fixed) / unit)
+        besides: dict[int, dict[int, float]] = {}
+        for k, group in enumerate(idents):
+            for t, amount in (pair for ident in group for pair in cap.extra.get(ident, ())):
+                here = besides.setdefault(t, {})
+                here[k] = here.get(k, 0.0) + amount / unit
+        extra = [column for t, per in besides.items() for column in _products(programme, per, terms[t])]
+        columns = [*range(len(kept)), *terms, *extra]
+        programme.row(columns, [*own, *amounts, *[1.0] * len(extra)], (cap.most - cap.fixed) / unit)
 
         def used(chosen: Any) -> float:
             options = [o for k in chosen for o in self.bundles[kept[k]].members]
@@ -198,6 +205,17 @@ def _switched(programme: Programme, members: Sequence[int], column: int) -> None
         if left & set(here):
             programme.row([*here, column], [1.0] * len(here) + [-1.0], 0.0)
             left -= set(here)
+
+
+def _products(programme: Programme, amounts: Mapping[int, float], switch: int) -> Iterator[int]:
+    """Columns that are at least the amounts of the chosen members when the switch is 1, and 0 when it is 0."""
+    left = {k: amount for k, amount in amounts.items() if amount > 0}
+    for place in programme.by_place:
+        here = [k for k in place if k in left]
+        if here:
+            column, most = programme.column(most=math.inf), max(left[k] for k in here)
+            programme.row([*here, switch, column], [*(left.pop(k) for k in here), most, -1.0], most)
+            yield column
 
 
 def _named(found: MilpPacking | None, kept: Any) -> MilpPacking | None:

@@ -21,8 +21,11 @@ __all__ = [
     "Forbid",
     "ImgSize",
     "Json",
+    "MaxFlops",
+    "MaxMemory",
     "MaxMethods",
     "MaxOptions",
+    "MaxRank",
     "MaxSize",
     "Methods",
     "Model",
@@ -35,6 +38,7 @@ __all__ = [
     "Require",
     "Scorer",
     "Seed",
+    "Target",
     "Task",
     "Tie",
 ]
@@ -91,6 +95,17 @@ MaxOptions = Annotated[int | None, typer.Option(help="largest number of options"
 MaxMethods = Annotated[int | None, typer.Option(help="largest number of different methods")]
 MaxSize = Annotated[list[str] | None, typer.Option(help="METHOD=SIZE: largest size of a method; repeatable")]
 EveryBlock = Annotated[bool | None, typer.Option("--every-block", help="at least one option in every block")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="format that every plan can leave in: any, timm (merged), peft (one type) or lora", show_default="any"
+    ),
+]
+MaxRank = Annotated[int | None, typer.Option(help="largest rank of the low-rank changes of a layer")]
+MaxFlops = Annotated[str | None, typer.Option(help="FLOPs of a training step, such as 1.5T")]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="bytes that a training step keeps for its backward pass, such as 200MB")
+]
 Backend = Annotated[str | None, typer.Option(help="how adapters are inserted", show_default="native")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", help="samples per batch")]
 Epochs = Annotated[int | None, typer.Option(help="epochs of a full training")]

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator
 
 from autopeft.allocation.gain import GainPolicy
 from autopeft.config._guess import known_names
+from autopeft.config.limits import LimitSettings
 from autopeft.config.plugin import Plugin, PluginTable
 from autopeft.config.registries import METHODS, ROOMS
 from autopeft.core.budget import Budget
@@ -204,6 +205,7 @@ class Study:
         spend: share of the budget that plans may spend, in (0, 1]; a knob for searches of a front.
         mergeable: whether to offer only what can be merged into the model's own tensors, so that every plan leaves as a
             plain checkpoint; off also offers bottleneck adapters.
+        limits: the format that every plan must be able to leave in, and caps on FLOPs and memory.
         gain: corrections to the predicted gains; most knobs lie here.
         backend: how adapters are inserted.
         train: the inner loop.
@@ -235,6 +237,7 @@ class Study:
     )
     spend: float = 1.0
     mergeable: bool = True
+    limits: LimitSettings = field(default_factory=LimitSettings)
     gain: GainPolicy = field(default_factory=GainPolicy)
     backend: Annotated[Backend, Plugin("backends")] = field(default_factory=lambda: _builtin("backends", "native"))
     train: TrainSettings = field(default_factory=TrainSettings)

@@ -107,13 +107,17 @@ class Allocation:
         return sum(option.gain for option in self.options)
 
     @property
+    def worth(self) -> float:
+        """What was maximised: the gain, unless the provenance says otherwise."""
+        return self.gain if self.provenance.value is None else self.provenance.value
+
+    @property
     def gap(self) -> float | None:
         """Relative distance between what was maximised and its proven bound; None without a bound, 0 when optimal."""
-        bound, value = self.provenance.bound, self.provenance.value
+        bound = self.provenance.bound
         if bound is None:
             return None
-        reached = self.gain if value is None else value
-        return max(0.0, bound - reached) / abs(bound) if bound else 0.0
+        return max(0.0, bound - self.worth) / abs(bound) if bound else 0.0
 
     @property
     def digest(self) -> str:

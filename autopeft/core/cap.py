@@ -31,7 +31,8 @@ class Cap:
 
     A plan uses `fixed`, what each of its options uses alone, and every term that one of its options switches on, once.
     The gradient's way is such a chain of terms: whoever trains in block 3 pays for the backward pass of blocks 3 to 11,
-    however many others do so too.
+    however many others do so too. An option may use more where a term is on: what it costs to pass a gradient on to its
+    own input, when somebody in front asks for one.
 
     Attributes:
         name: what is limited, as a person reads it.
@@ -40,6 +41,7 @@ class Cap:
         own: `(site, method, size)` of an option to what it uses alone; nothing where it is not listed.
         terms: amounts that are shared; a term comes after the one that it names.
         triggers: `(site, method, size)` to the positions of the terms that the option switches on.
+        extra: `(site, method, size)` to pairs of a term's position and what the option uses besides while it is on.
 
     Raises:
         UsageError: when nothing at all uses more than the limit.
@@ -52,6 +54,7 @@ class Cap:
     own: Mapping[tuple[str, str, int], float] = field(default_factory=dict)
     terms: tuple[Term, ...] = ()
     triggers: Mapping[tuple[str, str, int], tuple[int, ...]] = field(default_factory=dict)
+    extra: Mapping[tuple[str, str, int], tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.most >= self.fixed:
@@ -59,7 +62,8 @@ class Cap:
                 f"{self.name}: the limit of {self.most:,.6g} is less than the {self.fixed:,.6g} that are used without "
                 f"any adapter; raise it to more than that"
             )
-        amounts = [self.fixed, *self.own.values(), *(t.amount for t in self.terms)]
+        besides = [amount for pairs in self.extra.values() for _, amount in pairs]
+        amounts = [self.fixed, *self.own.values(), *besides, *(t.amount for t in self.terms)]
         if not all(math.isfinite(a) and a >= 0 for a in amounts):
             raise ValueError(f"amounts of {self.name} must be finite and at least 0, got {min(amounts)}")
         if any(t.after >= i for i, t in enumerate(self.terms)):
@@ -74,4 +78,5 @@ class Cap:
             if i in on or term.after in on:
                 on.add(i)
                 shared.append(term.amount)
-        return math.fsum([self.fixed, *(self.own.get(ident, 0.0) for ident in chosen), *shared])
+        besides = [amount for ident in chosen for i, amount in self.extra.get(ident, ()) if i in on]
+        return math.fsum([self.fixed, *(self.own.get(ident, 0.0) for ident in chosen), *besides, *shared])

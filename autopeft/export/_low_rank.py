@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autopeft.core.contracts import Inserted
 from autopeft.export._model import adapters_of, listed
 from autopeft.methods.base import Adapter
 
-__all__ = ["Factors", "gather_factors", "not_low_rank"]
+__all__ = ["Factors", "gather_factors", "not_low_rank", "why_not_low_rank"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +39,11 @@ class Factors:
 
 def not_low_rank(inserted: Inserted) -> str:
     """Which options are no low-rank change of a plain Linear or Conv2d; empty when all are."""
-    reasons = [f"{key} ({why})" for key, adapter in adapters_of(inserted).items() if (why := _why(inserted, adapter))]
+    reasons = [
+        f"{key} ({why})"
+        for key, adapter in adapters_of(inserted).items()
+        if (why := why_not_low_rank(inserted.model, adapter))
+    ]
     return listed(reasons)
 
 
@@ -76,12 +80,13 @@ def gather_factors(inserted: Inserted, adapters: Iterable[Adapter]) -> tuple[Fac
     return tuple(found)
 
 
-def _why(inserted: Inserted, adapter: Adapter) -> str:
+def why_not_low_rank(model: nn.Module, adapter: Adapter) -> str:
+    """Why one adapter is no low-rank change of a plain Linear or Conv2d; empty when it is."""
     if adapter.low_rank() is None:
         return "no low-rank change"
     if adapter.form not in ("branch", "stand_in"):
         return "its host is not linear in its weight"
     if adapter.site.groups > 1:
         return "a convolution in groups"
-    dilation = getattr(inserted.model.get_submodule(adapter.site.module), "dilation", (1,))
+    dilation = getattr(model.get_submodule(adapter.site.module), "dilation", (1,))
     return "a dilated convolution" if any(d != 1 for d in dilation) else ""

@@ -13,7 +13,7 @@ from autopeft.methods._peft_layer import ADAPTER, config_class, nested_settings
 from autopeft.methods._peft_tuners import TUNERS
 from autopeft.methods.peft_adapter import PeftAdapter
 
-__all__ = ["TypedPlan", "not_one_type", "typed_plan"]
+__all__ = ["TypedPlan", "not_one_type", "typed_kind", "typed_plan"]
 
 _OWN_PROJECTIONS = frozenset({"frod", "pvera", "randlora", "tinylora", "vera"})
 """Types whose random projections PEFT draws once for all layers; here each layer has its own."""
@@ -75,6 +75,17 @@ def not_one_type(inserted: Inserted) -> str:
     if _varies("n_frequency", adapters) and any("." not in a.site.module for a in adapters):
         return f"PEFT cannot set n_frequency of a layer at the top of the model ({adapters[0].site.module})"
     return ""
+
+
+def typed_kind(adapter: PeftAdapter) -> dict[str, Any] | None:
+    """What a layer of PEFT must have in common with the others of its type in one folder; None when none can hold it.
+
+    Layers whose size PEFT can set at a dot alone are left out at the top of the model, whatever the others' sizes.
+    """
+    nowhere = "n_frequency" in adapter.settings and "." not in adapter.site.module
+    if adapter.obstacle or adapter.tuner in _OWN_PROJECTIONS or nowhere:
+        return None
+    return _common(adapter.tuner, adapter)
 
 
 def typed_plan(inserted: Inserted) -> TypedPlan:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autopeft.allocation.knapsack import Knapsack
 from autopeft.config.decode import study_from_dict
 from autopeft.core.allocation import Allocation
-from autopeft.core.menu import Option
-from autopeft.errors import UsageError
+from autopeft.core.menu import Menu, Option
+from autopeft.errors import InfeasibleBudget, UsageError
 from autopeft.pipeline.plan import make_menu
+from autopeft.pipeline.targets import limited_menus
 
 if TYPE_CHECKING:
     from autopeft.config.study import Study
@@ -55,22 +57,40 @@ def next_best(prepared: Prepared, study: Study, plan: Allocation) -> dict[str, A
     allocator = study.allocator
     if not isinstance(allocator, Knapsack) or not len(plan):
         return None
-    try:
-        rival = allocator.next_best(make_menu(prepared, study), prepared.budget, plan)
-    except UsageError:
+    rivals, bound = _rivals(allocator, limited_menus(prepared, study, make_menu(prepared, study)), prepared, plan)
+    if not rivals:
         return None
-    if rival is None:
-        return None
+    rival = max(rivals, key=lambda p: p.worth)
     mine, its = {_ident(o) for o in plan}, {_ident(o) for o in rival}
-    reached, other = (p.gain if p.provenance.value is None else p.provenance.value for p in (plan, rival))
+    reached, other = plan.worth, rival.worth
     return {
         "gain": rival.gain,
         "spent": rival.spent,
         "loss": (reached - other) / abs(reached) if reached else 0.0,
         "removed": _rows(o for o in plan if _ident(o) not in its),
         "added": _rows(o for o in rival if _ident(o) not in mine),
-        "proven": rival.gap is not None and rival.gap < 1e-9,
+        "proven": bound - other <= 1e-9 * abs(bound),
     }
+
+
+def _rivals(
+    allocator: Knapsack, menus: Sequence[Menu], prepared: Prepared, plan: Allocation
+) -> tuple[list[Allocation], float]:
+    """The next best plan of every menu that has the plan, the best one of every other, and what bounds them all."""
+    found = []
+    for menu in menus:
+        try:
+            rival = allocator.next_best(menu, prepared.budget, plan)
+        except UsageError:
+            # Not a plan of this kind of folder: the best one of this kind is its rival, if there is one.
+            try:
+                rival = allocator.allocate(menu, prepared.budget) if len(menus) > 1 else None
+            except InfeasibleBudget:
+                rival = None
+        if rival is not None:
+            found.append(rival)
+    bounds = [r.provenance.bound for r in found if r.provenance.bound is not None]
+    return found, max(bounds, default=math.inf)
 
 
 def packing_of(prepared: Prepared, plan: Plan) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autopeft.allocation.gain import build_menu
@@ -11,15 +12,18 @@ from autopeft.allocation.indices import attach_indices
 from autopeft.allocation.knapsack import Knapsack
 from autopeft.allocation.spt import SPT
 from autopeft.core.allocation import Allocation
-from autopeft.core.menu import Menu, Option
-from autopeft.core.places import places_of
-from autopeft.errors import InfeasibleBudget
+from autopeft.core.budget import Budget
+from autopeft.core.contracts import Allocator
+from autopeft.core.menu import Menu
+from autopeft.errors import InfeasibleBudget, UsageError
+from autopeft.pipeline.prices import every_option
+from autopeft.pipeline.targets import limited_menus
 
 if TYPE_CHECKING:
     from autopeft.config.study import Study
     from autopeft.pipeline.prepare import Prepared
 
-__all__ = ["make_menu", "make_plan"]
+__all__ = ["best_of", "make_menu", "make_plan"]
 
 
 def make_menu(prepared: Prepared, study: Study) -> Menu:
@@ -60,26 +64,44 @@ def make_plan(prepared: Prepared, study: Study | None = None) -> Allocation:
     limit = max(1, math.floor(prepared.budget.limit * study.spend))
     budget = prepared.budget if study.spend == 1 else dataclasses.replace(prepared.budget, limit=limit)
     try:
-        allocation = allocator.allocate(menu, budget, study.seed)
+        allocation = best_of(allocator, limited_menus(prepared, study, menu), budget, study.seed)
     except InfeasibleBudget:
         if not isinstance(allocator, Knapsack):
             raise
         # The menu leaves out what is dearer than the budget; what would be needed may be among that.
-        raise allocator.refusal(_prices(prepared, study), budget) from None
+        dearer = limited_menus(prepared, study, every_option(prepared, study))
+        refusals = [allocator.refusal(part, budget) for part in dearer]
+        raise min(refusals, key=lambda e: math.inf if e.cheapest is None else e.cheapest) from None
     return attach_indices(allocation, study.methods, prepared.scores_for(study), menu.sites)
 
 
-def _prices(prepared: Prepared, study: Study) -> Menu:
-    """Every option whatever it costs, without a predicted gain."""
-    sites = {site.name: site for site in prepared.catalog.offered(study.fused)}
-    options = [
-        Option(site.name, key, size, method.cost(site, size), 0.0, places)
-        for site in sites.values()
-        for key, method in study.methods.items()
-        if (places := places_of(prepared.catalog, method, site)) and (method.mergeable(site) or not study.mergeable)
-        for size in method.sizes(site)
-    ]
-    return Menu(tuple(options), sites)
+def best_of(allocator: Allocator, menus: Sequence[Menu], budget: Budget, seed: int) -> Allocation:
+    """The best plan of any of the menus; its bound holds for all of them.
+
+    Raises:
+        InfeasibleBudget: when none of them has a plan.
+        UsageError: when the allocator does not keep a cap.
+    """
+    plans, refusals = [], []
+    for menu in menus:
+        try:
+            plans.append((menu, allocator.allocate(menu, budget, seed)))
+        except InfeasibleBudget as error:
+            refusals.append(error)
+    if not plans:
+        raise refusals[0]
+    menu, best = max(plans, key=lambda pair: pair[1].worth)
+    for cap in menu.caps:
+        if (used := cap.used(best)) > cap.most:
+            raise UsageError(
+                f"{best.provenance.allocator or type(allocator).__name__} made a plan with {used:,.6g} of the "
+                f"{cap.most:,.6g} allowed for {cap.name}; the allocator knapsack keeps such limits"
+            )
+    bounds = [plan.provenance.bound for _, plan in plans]
+    if len(plans) > 1 and None not in bounds:
+        bound = max(bound for bound in bounds if bound is not None)
+        best = dataclasses.replace(best, provenance=dataclasses.replace(best.provenance, bound=bound))
+    return best
 
 
 def _too_small(prepared: Prepared, study: Study) -> InfeasibleBudget:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from autopeft.allocation.gain import Energies, energies
 from autopeft.core.budget import Budget
+from autopeft.core.cap import Cap
 from autopeft.core.contracts import Task
 from autopeft.core.scores import ScoreOrigin, Scores
 from autopeft.core.site import Catalog
 from autopeft.errors import AutopeftError, UsageError
+from autopeft.export.folder import Folder
 from autopeft.models.load import LoadedModel, load_model
 from autopeft.pipeline.bases import asked_bases, measure_bases, with_bases
 from autopeft.pipeline.budget import resolve_budget
@@ -55,6 +57,8 @@ class Prepared:
         seconds: wall time per stage.
         sample_epochs: samples the scorer has seen.
         basis_samples: samples seen while bases were measured, each as often as it was seen.
+        folders: what is known of which options a PEFT folder can hold.
+        usage: FLOPs and bytes of a training step by option, per set of methods.
     """
 
     study: Study
@@ -70,6 +74,8 @@ class Prepared:
     seconds: dict[str, float] = field(default_factory=dict)
     sample_epochs: int = 0
     basis_samples: int = 0
+    folders: dict[tuple[Any, ...], Folder] = field(default_factory=dict)
+    usage: dict[tuple[Any, ...], tuple[Cap, Cap]] = field(default_factory=dict)
     _scores: Scores | None = None
     _energies: dict[tuple[str, ...], Energies] = field(default_factory=dict)
     _bases: dict[str, int] = field(default_factory=dict)

@@ -69,7 +69,9 @@ def random_cap(rng: np.random.Generator, options: list[Option], sites: int) -> C
     triggers = {
         ident: (int(ident[0][1]), *([depth] if ident[1] == "lora" and rng.random() < 0.5 else [])) for ident in idents
     }
-    return Cap("units", float(rng.uniform(3, 12)), 1.0, own, terms, triggers)
+    most = float(rng.uniform(3, 12))
+    passing = {i: ((int(rng.integers(0, depth)), float(rng.uniform(0, 3))),) for i in idents if rng.random() < 0.5}
+    return Cap("units", most, 1.0, own, terms, triggers, passing)
 
 
 def every_plan(menu: Menu) -> Iterator[tuple[Option, ...]]:
@@ -364,6 +366,11 @@ def _terms_for_nothing(programme: Any, members: Any, column: int) -> None:
     """Switches no term and no method on."""
 
 
+def _passes_for_nothing(programme: Any, amounts: Any, switch: int) -> Iterator[int]:
+    """Forgets what options use while a term is on."""
+    yield from ()
+
+
 def _cuts_too_much(problem: Any, chosen: Any, proven: bool, limit: int, seconds: float) -> Any:
     """Leaves out the first option of the best plan alone."""
     gains = problem.gains.copy()
@@ -387,6 +394,7 @@ def _chords_too_high(top: float, exponent: float) -> Any:
 BUGS: dict[str, tuple[object, str, object, Callable[[], object]]] = {
     "touched": (_rules, "touched", _forgets_forbidden_slices, lambda: check_constraints(range(126))),
     "terms": (_problem, "_switched", _terms_for_nothing, lambda: check_constraints(range(126))),
+    "products": (_problem, "_products", _passes_for_nothing, lambda: check_constraints(range(126))),
     "ties": (_rules, "bundles_of", _ties_anything, lambda: check_constraints(range(126))),
     "shortcut": (_problem.Problem, "keeps", _keeps_all, lambda: check_constraints(range(126))),
     "rival": (_exact, "second", _cuts_too_much, test_the_next_best_plan_equals_every_plan),

@@ -184,3 +184,68 @@ def test_constraints_that_cost_too_much(small, pictures, tmp_path):
     result = planned(small, pictures, tmp_path, *flags)
     assert result.exit_code == 3
     assert "the cheapest one costs 32 (lora of size 1 at blocks." in " ".join(result.stderr.split())
+
+
+def test_a_target_holds_what_its_exporter_takes(small, pictures, tmp_path):
+    result = planned(
+        small, pictures, tmp_path, "--target", "lora", "--max-rank", "3", "fused=slices", "--budget", "20%"
+    )
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(tmp_path / "plan.json")
+    assert {o.method for o in plan.allocation} <= {"lora", "core"}
+    ranks = {}
+    for o in plan.allocation:
+        module = o.site.partition("[")[0]
+        ranks[module] = ranks.get(module, 0) + o.size
+    assert max(ranks.values()) == 3
+    free = planned(small, pictures, tmp_path, "--target", "lora", "fused=slices", "--budget", "20%", "--json")
+    assert json.loads(free.stdout)["packing"]["gain"] > plan.allocation.gain
+    low = json.loads(planned(small, pictures, tmp_path, "--max-rank", "1", "--budget", "20%", "--json").stdout)
+    assert max(o["size"] for o in low["options"] if o["method"] in ("lora", "core")) == 1
+    assert {o["method"] for o in low["options"]} - {"lora", "core"}
+    none = planned(small, pictures, tmp_path, "--target", "peft", "--methods", "bias")
+    assert none.exit_code == 3
+    assert "none of the methods bias has an option" in " ".join(none.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--target", "lroa"), "limits.target"),
+        (("--max-rank", "0"), "limits.max_rank must be a whole number of at least 1, got 0"),
+        (("--max-flops", "lots"), "limits.max_flops must be a number above 0 with one of K, M, G, T, P, such as 1.5T"),
+        (("--max-memory", "0GB"), "limits.max_memory must be a number above 0 with one of B, KB, MB, GB"),
+        (("limits.max_flop=1T",), "max_flops"),
+    ],
+)
+def test_limits_that_cannot_be_read(small, pictures, tmp_path, flags, said):
+    result = planned(small, pictures, tmp_path, *flags)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+
+
+def test_limits_from_a_study_file(small, pictures, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("limits:\n  target: lora\n  max_rank: 2\n  max_flops: 1e12\n  max_memory: 1GB\n")
+    result = planned(small, pictures, tmp_path, "--config", str(file), "--json")
+    assert result.exit_code == 0, result.stderr
+    options = json.loads(result.stdout)["options"]
+    assert {o["method"] for o in options} <= {"lora", "core"}
+    assert max(o["size"] for o in options) <= 2
+
+
+def test_caps_from_the_command_line(small, pictures, tmp_path):
+    free = json.loads(planned(small, pictures, tmp_path, "--json").stdout)
+    assert any(o["site"].startswith("blocks.0.") for o in free["options"])
+    refused = planned(small, pictures, tmp_path, "--max-memory", "0.001KB")
+    assert refused.exit_code == 2
+    assert "are used without any adapter" in " ".join(refused.stderr.split())
+    used = float(" ".join(refused.stderr.split()).split("less than the ")[1].split(" ")[0].replace(",", ""))
+    held = planned(small, pictures, tmp_path, "--max-memory", f"{1.3 * used:.0f}B", "--json")
+    if held.exit_code == 0:
+        capped = json.loads(held.stdout)
+        assert capped["packing"]["gain"] < free["packing"]["gain"]
+        assert not any(o["site"].startswith("blocks.0.") for o in capped["options"])
+    else:
+        assert held.exit_code == 3
+    assert planned(small, pictures, tmp_path, "--max-memory", "1GB", "--max-flops", "1T", "--json").exit_code == 0
