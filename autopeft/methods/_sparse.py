@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["SparseConv", "SparseLinear", "gathered_conv"]
+__all__ = ["SparseConv", "SparseLinear", "compressible", "gathered_conv"]
 
 _CHUNK = 1 << 20
 """Scalars in one gathered block of the backward, at most."""
@@ -49,7 +49,7 @@ class SparseLinear(Function):
     @staticmethod
     def forward(x: Tensor, values: Tensor, row_of: Tensor, col_of: Tensor, row_count: int, columns: Tensor) -> Tensor:
         """One product."""
-        if _compressible(x, values) and len(values) <= _CSR_DENSITY * row_count * x.shape[-1]:
+        if compressible(x, values) and len(values) <= _CSR_DENSITY * row_count * x.shape[-1]:
             return _product(x, values, row_of, columns[col_of], row_count)
         block = _block(values, row_of, col_of, row_count, len(columns)).to(x.dtype)
         return F.linear(x.index_select(-1, columns), block)
@@ -66,9 +66,9 @@ class SparseLinear(Function):
         x, values, row_of, col_of, columns = ctx.saved_tensors
         grad_x = grad_values = None
         # What is compressed is not differentiable again.
-        compressible = not torch.is_grad_enabled() and grad.dtype == x.dtype and _compressible(x, values)
+        compressed = not torch.is_grad_enabled() and grad.dtype == x.dtype and compressible(x, values)
         if ctx.needs_input_grad[0]:
-            if compressible and len(values) <= _CSR_DENSITY * ctx.row_count * x.shape[-1]:
+            if compressed and len(values) <= _CSR_DENSITY * ctx.row_count * x.shape[-1]:
                 grad_x = _product(grad, values, columns[col_of], row_of, x.shape[-1])
             else:
                 block = _block(values, row_of, col_of, ctx.row_count, len(columns)).to(grad.dtype)
@@ -76,7 +76,7 @@ class SparseLinear(Function):
         if ctx.needs_input_grad[1]:
             flat, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
             few = len(values) <= _GATHER_DENSITY * ctx.row_count * x.shape[-1]
-            entries = _sampled if compressible and not few else _gathered
+            entries = _sampled if compressed and not few else _gathered
             grad_values = entries(flat, flat_x, row_of, columns[col_of], values.dtype)
         return grad_x, grad_values, None, None, None, None
 
@@ -139,7 +139,7 @@ def _kernel(values: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     return values.new_zeros(torch.Size(shape).numel()).index_put((index,), values).view(shape)
 
 
-def _compressible(x: Tensor, values: Tensor) -> bool:
+def compressible(x: Tensor, values: Tensor) -> bool:
     """Whether MKL, which knows two types, multiplies compressed matrices here."""
     return (
         x.device.type == "cpu"

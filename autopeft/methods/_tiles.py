@@ -20,7 +20,7 @@ from autopeft.methods._sparsifiers import Cut, Sparsifier, dense_cut, streamed_c
 __all__ = ["Change", "DenseProduct", "Geometry", "TiledProduct"]
 
 
-_SHARE = 4
+_SHARE = 2
 """Scalars of an input or output for each scalar of a panel."""
 
 
@@ -81,11 +81,10 @@ class Geometry:
         found = self._convolution(grad, x, self._kernel(weight), start, stop, (True, False, False))[0]
         self._view(into, start, stop).copy_(found.reshape(len(x), self.groups, -1, *x.shape[2:]))
 
-    def pull_weight(self, grad: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
-        """The gradient of these columns of the weight, (out, stop - start)."""
+    def pull_weight(self, grad: Tensor, x: Tensor, start: int, stop: int, into: Tensor) -> Tensor:
+        """The gradient of these columns of the weight, (out, stop - start); of a Linear in `into`."""
         if self.window is None:
-            # This way round, the product reads x in rows.
-            return torch.mm(x[:, start:stop].T, grad).T
+            return torch.mm(grad.T, x[:, start:stop], out=into)
         kernel = grad.new_empty(self.shape[0], stop - start)
         return self._convolution(grad, x, self._kernel(kernel), start, stop, (False, True, False))[1].flatten(1)
 
@@ -213,7 +212,8 @@ class TiledProduct(Function):
         with _full_precision(x):
             work = _Panels(change, geometry, A, B, s, offset, base, cut, x)
             for start, stop in work:
-                weight = work.weight(start, stop, geometry.pull_weight(grad, flat, start, stop))
+                found = geometry.pull_weight(grad, flat, start, stop, work.buffer(start, stop))
+                weight = work.weight(start, stop, found)
                 if into is not None:
                     geometry.pull_input(grad, flat, weight, start, stop, into)
             factors = work.tiles.gradients()
@@ -248,15 +248,20 @@ class _Panels:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._ranges)
 
+    def buffer(self, start: int, stop: int) -> Tensor:
+        """Where `weight` puts these columns, (out, n)."""
+        return self._buffer[: self._outputs * (stop - start)].view(self._outputs, -1)
+
     def weight(self, start: int, stop: int, grad: Tensor | None = None) -> Tensor:
         """Some columns of the changed weight, (out, n), good until the next call.
 
         Args:
             start: first column.
             stop: last column, exclusive.
-            grad: the gradient of these columns, to take in.
+            grad: the gradient of these columns, to take in; may lie in the buffer, which is overwritten tile by tile
+                once it has been read.
         """
-        out = self._buffer[: self._outputs * (stop - start)].view(self._outputs, -1)
+        out = self.buffer(start, stop)
         sparsifier, cut = self._change.sparsifier, self._cut
         for first, last in self._geometry.tiles(start, stop, self._change.tile):
             part = None if self._offset is None else self._offset[first:last]

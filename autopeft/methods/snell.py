@@ -37,13 +37,13 @@ Implementation = Literal["auto", "reference", "tiled"]
 _TILE, _TILE_ELSEWHERE = 1 << 17, 1 << 21
 """Entries of a tile: few enough for a cache on the CPU, and elsewhere so many that launches do not count."""
 
-_SMALLEST, _SMALLEST_ELSEWHERE = 1 << 14, 1 << 18
+_SMALLEST, _SMALLEST_ELSEWHERE = 1 << 15, 1 << 18
 """Entries of a tile below which calls cost more than work."""
 
 _SHARE = 32
 """Scalars of an input or output for each entry of a tile."""
 
-_PANEL = 1 << 20
+_PANEL = 1 << 23
 """Most entries of the changed weight that exist at a time on the CPU: wide products are faster."""
 
 

@@ -18,7 +18,7 @@ from autopeft.methods._axis import along
 from autopeft.methods._chosen import best_entries
 from autopeft.methods._host import is_plain, new_parameter
 from autopeft.methods._sizes import check_size
-from autopeft.methods._sparse import SparseConv, SparseLinear
+from autopeft.methods._sparse import SparseConv, SparseLinear, compressible
 from autopeft.methods._spectrum import captured
 from autopeft.methods._traits import EntrySized
 from autopeft.methods.base import Adapter, Role
@@ -137,8 +137,12 @@ class SparseAdapter(Adapter):
             conv: Tensor = SparseConv.apply(x, self.entries(), self.index.long(), self._shape, *self._geometry)
             return conv
         last = x.movedim(axis, -1)
-        touched = SparseLinear.apply(last, self.entries(), self.row_of, self.col_of, len(self.rows), self.columns)
-        if len(self.rows) < self.site.out_features:
+        values, row_of, count = self.entries(), self.row_of, len(self.rows)
+        if count < self.site.out_features and compressible(last, values):
+            # A compressed product writes the rows without an entry as well: no copy of the others into them.
+            row_of, count = self.rows[row_of], self.site.out_features
+        touched = SparseLinear.apply(last, values, row_of, self.col_of, count, self.columns)
+        if count < self.site.out_features:
             full = touched.new_zeros(*touched.shape[:-1], self.site.out_features)
             touched = full.index_copy_(-1, self.rows, touched)
         added: Tensor = touched.movedim(-1, axis)

@@ -112,7 +112,7 @@ def test_gradcheck_at_every_rank(site_of, build, monkeypatch, shape: tuple[int, 
     """Oracle T11."""
     monkeypatch.setattr(_sparse, "_CSR_DENSITY", 1.0 if compressed else 0.0)
     if not compressed:
-        monkeypatch.setattr(_sparse, "_compressible", lambda x, values: False)
+        monkeypatch.setattr(_sparse, "compressible", lambda x, values: False)
     host = nn.Linear(5, 6).double()
     adapter = build(Sparse(), site_of(host), host, len(ENTRIES), ENTRIES)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -138,7 +138,7 @@ def test_chunks_and_runs_change_nothing(site_of, build, monkeypatch, way: str) -
     """One entry, a few, all of them at a time: within 1e-12; the same twice: to the bit."""
     monkeypatch.setattr(_sparse, "_CONV_DENSITY", 1.0)
     if way != "sampled":
-        monkeypatch.setattr(_sparse, "_compressible", lambda x, values: False)
+        monkeypatch.setattr(_sparse, "compressible", lambda x, values: False)
     host = (nn.Conv2d(6, 8, 3, stride=2, padding=1) if way == "convolution" else nn.Linear(30, 40)).double()
     x = torch.randn(3, 6, 9, 8) if way == "convolution" else torch.randn(3, 7, 30)
     adapter = build(Sparse(), site_of(host), host, 32, list(range(5, 421, 13)))
