@@ -41,6 +41,26 @@ def test_holm_steps_down(inference: ModuleType) -> None:
     assert inference.holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("natural", "specialized", "structured", "of_groups", "of_tasks"),
+    [(82.7, 86.1, 61.8, 76.9, 74.6), (81.9, 85.9, 61.3, 76.4, 74.1)],
+    ids=["SNELL-32", "SPT-LoRA"],
+)
+def test_two_means_of_vtab_are_told_apart(
+    inference: ModuleType, natural: float, specialized: float, structured: float, of_groups: float, of_tasks: float
+) -> None:
+    """Oracle T26, from the published means of the 7, 4 and 8 tasks of the groups."""
+    # Tasks that differ, with the published mean.
+    found = inference.grouped_means(
+        {
+            "natural": natural + np.arange(-3, 4),
+            "specialized": specialized + np.array([-2, -1, 1, 2]),
+            "structured": structured + np.array([-4, -3, -2, -1, 1, 2, 3, 4]),
+        }
+    )
+    assert [round(value, 1) for value in found] == [of_groups, of_tasks]
+
+
 def test_the_bootstrap_knows_a_difference_from_none(inference: ModuleType) -> None:
     rng = np.random.default_rng(1)
     none = [rng.integers(-1, 2, (3, 200)).astype(float) for _ in range(4)]

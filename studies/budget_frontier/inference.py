@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-__all__ = ["bootstrap", "gap_closed", "holm", "sign_flip"]
+__all__ = ["bootstrap", "gap_closed", "grouped_means", "holm", "sign_flip"]
 
 Matrix = np.ndarray
 """Differences of correctness, shape (seeds, samples): 1 where only the first is right, -1 where only the second is."""
@@ -34,6 +34,19 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         running = max(running, min(1.0, (m - rank) * p))
         adjusted[name] = running
     return adjusted
+
+
+def grouped_means(groups: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+    """The two means of results over tasks in groups, which published tables of VTAB mix.
+
+    Args:
+        groups: results of the tasks of every group.
+
+    Returns:
+        The mean of the groups' means (SPT's tables and SNELL's table 1), and the mean over all tasks (SNELL's text).
+    """
+    values = {name: np.asarray(results, dtype=float) for name, results in groups.items()}
+    return float(np.mean([v.mean() for v in values.values()])), float(np.concatenate(list(values.values())).mean())
 
 
 def bootstrap(cells: Sequence[Matrix], draws: int = 4000, over_cells: bool = True) -> tuple[float, float, float]:
