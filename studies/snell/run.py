@@ -5,16 +5,17 @@
 
 LoRA, SNELL and SNELLA take the projections to queries, keys and values of every block at one rank; that sets the budget
 of SPT, which chooses its own places in the whole model, strictly. SNELLA trains three scalars more per matrix. Every
-contender tries the same learning rates, half a decade apart, with one seed on the outer split, and is then trained at
-its best on the inner split with three seeds. The test split is opened once, after the last choice. Trainings that the
-ledger beside the result holds are not repeated, so an interrupted study goes on. Each part writes its rows into
-`result.json`, and both into `table.md`.
+contender tries the same learning rates, half a decade apart and on beyond a best at the edge, with one seed on the
+outer split, and is then trained at its best on the inner split with three seeds. The test split is opened once, after
+the last choice. Trainings that the ledger beside the result holds are not repeated, so an interrupted study goes on.
+Each part writes its rows into `result.json`, and both into `table.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,9 @@ from autopeft.pipeline.runner import Runner
 from autopeft.store.atomic import read_json, write_json
 
 GROUP = "*:attn.qkv"
-SCALES = (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0)
+SCALES = {"bundled": (0.316, 1.0, 3.16, 10.0, 31.6, 100.0), "vit_s": (0.316, 1.0, 3.16, 10.0)}
+STEP = 3.16
+FURTHER = 2
 SEEDS = (1, 2, 3)
 HEAD_ONLY = "head only"
 BESIDE = ("lora", "spt")
@@ -90,14 +93,28 @@ def contenders(prepared: Prepared, study: Study, rank: int) -> dict[str, Contend
 
 def tuned(
     runner: Runner, study: Study, plan: Allocation, name: str, scales: Sequence[float]
-) -> tuple[float, Mapping[str, float]]:
-    """The learning-rate scale of the best outer split, and what every scale gave."""
-    tried: dict[float, tuple[float, float]] = {}
-    for scale in scales:
+) -> tuple[float, Mapping[str, float | None]]:
+    """The learning-rate scale of the best outer split, and what every scale gave; None where it diverged."""
+    tried: dict[float, tuple[float, float, float]] = {}
+
+    def attempt(scale: float) -> None:
         one = dataclasses.replace(study, train=dataclasses.replace(study.train, lr_scale=scale))
         tried[scale] = runner.rank(one, runner.train(one, plan, label=f"{name} x{scale:g}").outcome)
-    best = max(tried, key=lambda scale: tried[scale])
-    return best, {f"{scale:g}": round(score[0], 4) for scale, score in tried.items()}
+
+    def best() -> float:
+        return max(tried, key=lambda scale: tried[scale])
+
+    for scale in scales:
+        attempt(scale)
+    # A best rate at the edge of the grid would be a rate that was not tuned.
+    for _ in range(FURTHER):
+        if best() == max(tried):
+            attempt(best() * STEP)
+        elif best() == min(tried):
+            attempt(best() / STEP)
+    return best(), {
+        f"{scale:g}": round(s, 4) if math.isfinite(s := tried[scale][1]) else None for scale in sorted(tried)
+    }
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +128,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     for name, (one, plan) in contenders(prepared, study, args.rank).items():
         # A head at another rate would confound the comparison, so only the adapters' rates are scaled.
-        scale, by_scale = tuned(runner, one, plan, name, SCALES)
+        scale, by_scale = tuned(runner, one, plan, name, SCALES[args.part])
         chosen[name] = dataclasses.replace(one, train=dataclasses.replace(one.train, lr_scale=scale)), plan
         rows[name] = {
             "trained": plan.trainable,
@@ -130,7 +147,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         name: [runner.train(one, plan, label=name, seed=seed, measure="test") for seed in SEEDS]
         for name, (one, plan) in chosen.items()
     }
-    correct = {name: [entry.correct for entry in found] for name, found in entries.items()}
+    correct = {name: [entry.merits for entry in found] for name, found in entries.items()}
     for name, found in entries.items():
         values = [entry.outcome.metrics["top1"] for entry in found]
         rows[name] |= {
@@ -149,7 +166,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             "img_size": study.model.img_size,
             "epochs": args.epochs,
             "rank": args.rank,
-            "scales": SCALES,
+            "scales": SCALES[args.part],
             "places": GROUP,
             "seeds": SEEDS,
         },
@@ -198,7 +215,7 @@ def main() -> None:
     parser.add_argument("--weights", default="", help="of vit_s; see studies/assets")
     parser.add_argument("--pictures", default="", help="of vit_s, one folder per class")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--look", action="store_true", help="tune and print; the test split stays shut")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
