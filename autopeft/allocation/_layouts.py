@@ -76,7 +76,7 @@ def _roles(sites: Iterable[Site]) -> Groups:
     return {role: tuple(names) for role, names in found.items() if names}
 
 
-_UNET_SITE = re.compile(r"^(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.transformer_blocks\.")
+_UNET_SITE = re.compile(r"^(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.(?:transformer_blocks\.)?")
 
 
 def _unet(attentions_up: int, inside: str) -> Callable[[Iterable[Site]], Groups]:
@@ -85,22 +85,25 @@ def _unet(attentions_up: int, inside: str) -> Callable[[Iterable[Site]], Groups]
     Args:
         attentions_up: attentions of an up block that have a bit; the released code gives the third none in two of its
             three modes.
-        inside: pattern of what a bit switches, below `transformer_blocks`.
+        inside: pattern of what a bit switches, below `transformer_blocks`, where attentions have some; in a
+            `UNet2DModel` they have none, and the pattern is of the attention itself.
     """
 
     def groups(sites: Iterable[Site]) -> Groups:
         found: dict[tuple[int, int, int], tuple[str, str]] = {}
-        for site in sites:
-            place = _UNET_SITE.match(site.name)
-            if place is None:
+        known = {site.name for site in sites}
+        deep = any(".transformer_blocks." in name for name in known)
+        for name in known:
+            place = _UNET_SITE.match(name)
+            if place is None or (deep and not place[0].endswith("transformer_blocks.")):
                 continue
             side, block, mid, index = place[1], int(place[2] or 0), place[3], int(place[4])
             if side == "up" and index >= attentions_up:
                 continue
-            name = f"mid{index}" if mid else f"{side}{block}_{index}"
+            bit = f"mid{index}" if mid else f"{side}{block}_{index}"
             order = {"down": 0, None: 1, "up": 2}[side]
-            found[order, block, index] = name, place[0] + inside
-        return {name: (pattern,) for _, (name, pattern) in sorted(found.items())}
+            found[order, block, index] = bit, place[0] + inside
+        return {bit: (pattern,) for _, (bit, pattern) in sorted(found.items())}
 
     return groups
 

@@ -150,7 +150,16 @@ class Mask:
         return Allocation(plan, budget, Provenance(f"mask({self.layout}: {' '.join(kept) or 'all off'})", scorer))
 
     def _grouped(self, sites: Iterable[Site]) -> Groups:
-        return self.groups or LAYOUTS[self.layout].groups(sites)
+        if self.groups:
+            return self.groups
+        listed = list(sites)
+        found = LAYOUTS[self.layout].groups(listed)
+        if listed and not found:
+            raise UsageError(
+                f"the layout {self.layout!r} finds no group of sites on this model, so that no bit would switch anything;"
+                f" choose another one of {', '.join(LAYOUTS)}, or give groups"
+            )
+        return found
 
     def _check(self, groups: Groups, menu: Menu) -> None:
         keys = {o.method for o in menu.options}

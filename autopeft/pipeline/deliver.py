@@ -45,6 +45,9 @@ DEFAULT_KINDS = ("timm", "peft", "delta", "native")
 _UNTRAINED = ("peft-init",)
 """Formats of the plan before training: adapters at their start, the warmed-up head."""
 
+_PIPELINES = ("diffusers",)
+"""Formats that copy the other parts of the pipeline that the model was taken from."""
+
 _IMAGES = 8
 
 
@@ -92,7 +95,7 @@ def deliver(
         ) as inserted:
             if file is not None:
                 restore(inserted, file)
-            found = _write(inserted, record, folder, group, required, emit)
+            found = _write(inserted, record, folder, group, required, emit, prepared)
             if "native" in found:
                 write_plan(as_plan(prepared, study, plan.allocation, plan.seed), found["native"] / "plan.json")
             logits = _logits(inserted, images.to(prepared.device))
@@ -105,8 +108,23 @@ def deliver(
     return {kind: written[kind] for kind in kinds if kind in written}
 
 
+def _placed(record: Record, prepared: Prepared) -> Record:
+    """The record with the folder of the pipeline that the model was taken from, which is no part of it on disk."""
+    facts, config = prepared.loaded.data_config.get("diffusion"), record.model.get("data_config")
+    if not isinstance(facts, Mapping) or not isinstance(config, Mapping):
+        return record
+    known = {**(config.get("diffusion") or {}), "folder": facts["folder"]}
+    return dataclasses.replace(record, model={**record.model, "data_config": {**config, "diffusion": known}})
+
+
 def _write(
-    inserted: Inserted, record: Record, folder: Path, kinds: Sequence[str], required: bool, emit: Emit
+    inserted: Inserted,
+    record: Record,
+    folder: Path,
+    kinds: Sequence[str],
+    required: bool,
+    emit: Emit,
+    prepared: Prepared,
 ) -> dict[str, Path]:
     """Write the formats that can represent the plan."""
     written: dict[str, Path] = {}
@@ -118,7 +136,7 @@ def _write(
         if reason:
             emit(Event("result", f"export {kind}: left out, {reason}"))
             continue
-        exporter.export(inserted, record, folder / kind)
+        exporter.export(inserted, _placed(record, prepared) if kind in _PIPELINES else record, folder / kind)
         written[kind] = folder / kind
     return written
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,17 @@ __all__ = ["budget_facts", "data_facts", "environment_facts", "model_facts", "se
 def model_facts(prepared: Prepared) -> dict[str, Any]:
     """Name, architecture, arguments, preprocessing, parameters and hashes of the model."""
     loaded, catalog = prepared.loaded, prepared.catalog
+    config = dict(loaded.data_config)
+    if isinstance(found := config.get("diffusion"), Mapping):
+        # Where the files of this machine lie is no fact about the model.
+        config["diffusion"] = {key: value for key, value in found.items() if key != "folder"}
     return {
         "name": loaded.name,
         "spec": prepared.study.model.spec,
         "architecture": loaded.architecture,
         "model_args": dict(loaded.model_args),
         "pretrained_tag": loaded.pretrained_tag,
-        "data_config": _plain(loaded.data_config),
+        "data_config": _plain(config),
         "n_base": catalog.n_base,
         "n_head": catalog.n_head,
         "n_depth": catalog.n_depth,

@@ -93,8 +93,8 @@ def run_trial(
     """
     start = time.perf_counter()
     checkpoint = Checkpoint(folder / "checkpoint") if folder is not None else None
-    # A reward that generates images has no number before the end; it says which of the task's stands for it.
-    metric = getattr(study.reward, "watched", study.reward.names[0])
+    # A reward that generates images has no number before the end; it says which of the task's stands for it, if any.
+    metric: str | None = getattr(study.reward, "watched", study.reward.names[0])
     trained = None
     if first is not None:
         try:

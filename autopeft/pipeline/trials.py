@@ -202,10 +202,12 @@ class TrialLoop:
             self._searcher.tell(number, outcome, ())
             return
         write_plan(as_plan(self._runner.prepared, study, allocation), plan)
+        judged = getattr(study.reward, "watched", study.reward.names[0]) is not None
 
         def on_epoch(epoch: int, value: float) -> bool:
             self._searcher.beat(number)
-            return self._searcher.report(number, epoch, value)
+            # Where nothing that is measured on the way stands for the goal, nothing is stopped.
+            return judged and self._searcher.report(number, epoch, value)
 
         try:
             entry = self._runner.train(

@@ -48,9 +48,13 @@ class Measured:
         return (self.metric,)
 
     @property
-    def watched(self) -> str:
-        """The task's metric that is followed while the model trains; its own where the task measures that."""
-        return self.metric
+    def watched(self) -> str | None:
+        """The task's metric that stands for this one while the model trains; None where nothing does.
+
+        Trials are stopped early by what is watched, so it must point where the goal points: a denoising loss stands for
+        FID, and for no measure of memorisation.
+        """
+        return None
 
     @abstractmethod
     def look(self, studio: Studio) -> Mapping[str, float]:

@@ -27,6 +27,11 @@ class DenoisingLoss(Measured):
         """`denoising_loss`."""
         return "denoising_loss"
 
+    @property
+    def watched(self) -> str:
+        """Itself."""
+        return self.metric
+
     def look(self, studio: Studio) -> Mapping[str, float]:
         """Nothing beyond what the task measures."""
         return {}

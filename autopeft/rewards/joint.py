@@ -54,9 +54,9 @@ class Joint:
         return tuple(name for part in self.parts for name in part.names)
 
     @property
-    def watched(self) -> str:
-        """The first part's: put a goal of quality in front."""
-        watched: str = getattr(self.parts[0], "watched", self.parts[0].names[0])
+    def watched(self) -> str | None:
+        """The first part's, so that trials are stopped early where a goal of quality is in front."""
+        watched: str | None = getattr(self.parts[0], "watched", self.parts[0].names[0])
         return watched
 
     def measure(self, model: nn.Module, task: Task, split: Split) -> Mapping[str, float]:

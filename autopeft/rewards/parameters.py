@@ -34,6 +34,11 @@ class Parameters:
         """`parameters`."""
         return ("parameters",)
 
+    @property
+    def watched(self) -> None:
+        """Nothing: the count does not change while the model trains."""
+        return None
+
     def measure(self, model: nn.Module, task: Task, split: Split) -> Mapping[str, float]:
         """Nothing: the trainable count is part of every outcome."""
         return {}

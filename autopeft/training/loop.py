@@ -82,7 +82,7 @@ def fit(
     device: torch.device | str,
     splits: tuple[Split, ...] = ("inner",),
     watch: Split | None = "outer",
-    metric: str = "top1",
+    metric: str | None = "top1",
     on_epoch: OnEpoch | None = None,
     checkpoint: Checkpoint | None = None,
     max_epochs: int | None = None,
@@ -103,7 +103,7 @@ def fit(
         device: where the model lies.
         splits: what is trained on; several only with a task that has `batches_of`.
         watch: what is evaluated after each epoch; None evaluates nothing.
-        metric: the metric of the curve.
+        metric: the metric of the curve; None takes the first that the task measures.
         on_epoch: called after each epoch, epochs from 1, with the metric; True ends the training. Epochs that an
             earlier process has done are passed to it again.
         checkpoint: where progress is kept, and where training continues from.
@@ -155,7 +155,7 @@ class _Run:
     device: torch.device
     splits: tuple[Split, ...]
     watch: Split | None
-    metric: str
+    metric: str | None
     on_epoch: OnEpoch | None
     checkpoint: Checkpoint | None
     regularisers: Mapping[str, Regulariser]
@@ -244,7 +244,7 @@ class _Run:
         curve, metrics = self.progress.curve, self.progress.metrics
         if self.watch is not None:
             metrics = self._evaluate(self.watch, epoch)
-            curve = (*curve, (epoch + 1, metrics[self.metric]))
+            curve = (*curve, (epoch + 1, metrics[self.metric or next(iter(metrics))]))
         losses = (*self.progress.losses, mean)
         self.progress = replace(
             self.progress, epoch=epoch + 1, step=0, loss_sum=0.0, losses=losses, curve=curve, metrics=metrics
@@ -269,7 +269,7 @@ class _Run:
 
     def _evaluate(self, split: Split, epoch: int) -> dict[str, float]:
         metrics = dict(self.task.evaluate(self.inserted.model, split))
-        if self.metric not in metrics:
+        if self.metric is not None and self.metric not in metrics:
             raise UsageError(f"the task has no metric {self.metric!r}; it has {', '.join(sorted(metrics))}")
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:

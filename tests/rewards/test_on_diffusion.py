@@ -56,6 +56,21 @@ def test_every_part_of_a_joint_reward_is_measured() -> None:
     assert reward.watched == "denoising_loss" in task.evaluate(model, "outer")
 
 
+def test_trials_are_judged_on_the_way_by_what_points_where_the_goal_points() -> None:
+    """A denoising loss stands for FID; a small one would speak for memorisation and not against it."""
+    for first, watched in (
+        ({"type": "fid", "samples": 12}, "denoising_loss"),
+        ("denoising_loss", "denoising_loss"),
+        ({"type": "amd", "samples": 12}, None),
+        ("noise_difference", None),
+        ({"type": "extraction", "samples": 12}, None),
+        ("parameters", None),
+    ):
+        assert Plugin("rewards").read({"type": "joint", "parts": [first, {"type": "kid", "samples": 12}]}).watched == (
+            watched
+        )
+
+
 def test_a_model_that_gives_its_training_images_back_is_caught() -> None:
     class Thief(DenoisingTask):
         def sample(self, model: Any, n: int, seed: int, *_: Any, **__: Any) -> torch.Tensor:
