@@ -156,8 +156,8 @@ class Mask:
         found = LAYOUTS[self.layout].groups(listed)
         if listed and not found:
             raise UsageError(
-                f"the layout {self.layout!r} finds no group of sites on this model, so that no bit would switch anything;"
-                f" choose another one of {', '.join(LAYOUTS)}, or give groups"
+                f"the layout {self.layout!r} finds no group of sites on this model, so that no bit would switch "
+                f"anything; choose another one of {', '.join(LAYOUTS)}, or give groups"
             )
         return found
 
