@@ -19,7 +19,6 @@ DEMO_SECONDS = 150.0
 _DENOISER_SECONDS = 200.0
 """The same under four minutes: a sample of the bundled denoiser costs some five times one of the bundled classifier."""
 
-_DENOISER_DATA = {"max_samples": 1_000, "val_frac": 0.2, "test_frac": 0.4, "max_inner": 300}
 _DENOISER_CONTENDERS = ("head_only", "uniform_lora", "spt_lora", "random_mix")
 
 
@@ -44,6 +43,6 @@ def with_demo_limits(study: Study, asked: Set[str]) -> Study:
         search = dataclasses.replace(search, contenders=_DENOISER_CONTENDERS)
     data = study.data
     if data.max_samples is data.max_inner is data.val_frac is data.test_frac is None:
-        data = dataclasses.replace(data, **_DENOISER_DATA)
+        data = dataclasses.replace(data, max_samples=1_000, val_frac=0.2, test_frac=0.4, max_inner=300)
     task = dataclasses.replace(study.task, draws=2) if study.task == Diffusion() else study.task
     return dataclasses.replace(study, search=search, data=data, task=task)

@@ -215,3 +215,25 @@ def test_gains_come_from_the_menu(vit: Catalog, scores_of: Any) -> None:
     plan = Mask(methods={"svdiff": ("*",)}).allocate(menu, budget)
     assert 0 < plan.spent <= 300
     assert plan.provenance.scorer == "hand-made"
+
+
+def test_attentions_of_an_unconditional_u_net_have_bits_and_other_models_none() -> None:
+    names = [
+        "down_blocks.1.attentions.0.to_q",
+        "down_blocks.1.attentions.0.to_k",
+        "down_blocks.1.resnets.0.conv1",
+        "mid_block.attentions.0.to_q",
+        "up_blocks.0.attentions.1.to_q",
+    ]
+    sites = [Site(n, n, "linear", (2, 2), False, 0, "other", ("weight",)) for n in names]
+    knobs = [knob.path for knob in Mask(layout="unet_attention").space(sites)]
+    assert knobs == [f"allocator.bits.{bit}" for bit in ("down1_0", "mid0", "up0_1")]
+    # Where attentions hold transformer blocks, what lies beside those has no bit.
+    deep = [Site(n := f"mid_block.attentions.0.{end}", n, "linear", (2, 2), False, 0, "other", ("weight",))
+            for end in ("proj_in", "transformer_blocks.0.attn1.to_q")]  # fmt: skip
+    menu = Menu(tuple(Option(s.name, "m", 1, Cost.plain(1, 4), 1.0, (Place(s.name, "weight"),)) for s in deep),
+                {s.name: s for s in deep})  # fmt: skip
+    bought = Mask(layout="unet_attention").allocate(menu, Budget(2))
+    assert [o.site for o in bought] == ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+    with pytest.raises(UsageError, match=r"unet_attention.*no group.*blocks, stages"):
+        Mask(layout="unet_attention").allocate(toy({"a": 1}), Budget(2))
