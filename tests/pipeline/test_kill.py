@@ -10,12 +10,31 @@ import time
 
 import pytest
 
+from autopeft.testing.tiny_denoiser import tiny_pipeline
+
 TRIALS = 3
 
 
-def command(small, pictures, folder):
-    flags = [*small, "--data", str(pictures), "--epochs", "6", "--trials", str(TRIALS), "-o", str(folder)]
-    return [sys.executable, "-m", "autopeft", "search", *flags, "search.tries=1", "--json"]
+def command(flags, folder):
+    return [sys.executable, "-m", "autopeft", "search", *flags, "--trials", str(TRIALS), "-o", str(folder), "--json"]
+
+
+@pytest.fixture
+def classifier(small, pictures):
+    return [*small, "--data", str(pictures), "--epochs", "6", "search.tries=1"]
+
+
+@pytest.fixture
+def denoiser(tmp_path):
+    """Quality within a limit on memorisation."""
+    model = f"diffusers:{tiny_pipeline(tmp_path / 'model')}"
+    flags = ["--task", "diffusion", "--model", model, "--data", "digits?planted=2&repeat=2", "--budget", "3%"]
+    flags += ["--methods", "lora,bias", "--epochs", "6", "--seeds", "1", "--contenders", "head_only"]
+    reward = (
+        "reward={type: joint, parts: [denoising_loss, {type: noise_difference, draws: 2}, {type: kid, samples: 6}]}"
+    )
+    settings = ["data.max_samples=60", "task.steps=2", "task.draws=1", "search.tries=1", reward]
+    return [*flags, *settings, "search.limits.noise_difference_max=1.0", "device=cpu"]
 
 
 def start(args):
@@ -53,16 +72,18 @@ def without_times(value):
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-def test_a_killed_search_ends_like_one_that_was_not(small, pictures, tmp_path):
+@pytest.mark.parametrize("kind", ["classifier", pytest.param("denoiser", marks=pytest.mark.slow)])
+def test_a_killed_search_ends_like_one_that_was_not(kind, request, tmp_path):
+    flags = request.getfixturevalue(kind)
     whole, killed = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    unhurt = start(command(small, pictures, whole))
+    unhurt = start(command(flags, whole))
     out, err = unhurt.communicate(timeout=240)
     assert unhurt.returncode in (0, 7), err
     first_trial = next(t for t in json.loads((whole / "record.json").read_text())["trials"] if t["role"] == "trial")
 
-    kill_in_a_trial(start(command(small, pictures, killed)), killed, first_trial["number"] + 1)
+    kill_in_a_trial(start(command(flags, killed)), killed, first_trial["number"] + 1)
     assert not (killed / "record.json").exists()
-    again = start(command(small, pictures, killed))
+    again = start(command(flags, killed))
     out, err = again.communicate(timeout=240)
     assert again.returncode in (0, 7), err
     assert out.startswith("{")
