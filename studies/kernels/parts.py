@@ -3,10 +3,13 @@
     python studies/kernels/parts.py --output studies/kernels/parts_cpu.json
 
 The weight is fc1's (3072 x 768), the batches 8 and 32 pictures of 197 tokens. Parts, each the fastest of several calls
-taken in turn with the others: the threshold of slowly changing factors (a few are trained steps between two calls), and
-from nothing; the forward; the backward; and beside them the three dense products of full fine-tuning (`y = x W^T`, the
-gradient of x, the gradient of W), the first two of which LoRA takes as well; and another way to the
-last one, at a tenth of the entries alone, as a sampled product in blocks of tokens. CPU only.
+taken in turn with the others: the threshold of slowly changing factors (a step lies between two calls), and from
+nothing; the forward, with a threshold; the backward; and beside them the three dense products of full fine-tuning (`y =
+x W^T`, the gradient of x, the gradient of W), the first two of which LoRA takes as well; forward and backward of LoRA
+at the same rank. What was tried to make SNELL cheaper: panels of at most 2^20 entries, which the products were cut into
+before; smaller and larger tiles; the gradient of W at a tenth of the entries alone, as a sampled product in blocks of
+tokens; and how many columns, and blocks of 64 rows in a column, hold no kept entry, so that a product could leave them
+out. CPU only.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from torch import Tensor, nn
 from autopeft.core.menu import Option
 from autopeft.core.site import Place, Site
 from autopeft.methods._bracket import Bracket
+from autopeft.methods.base import Adapter
+from autopeft.methods.lora import LoRA
 from autopeft.methods.snell import SNELL, SNELLAdapter
 from autopeft.store.atomic import write_json
 
@@ -34,11 +39,24 @@ MOVE = 1e-3
 BLOCK = 512
 """Tokens of a block of the sampled product."""
 
+ROWS = 64
+"""Rows of a block of the weight that a product could leave out."""
+
+WAYS = {
+    "": {},
+    ", narrow panels": {"panel": 1 << 20},
+    ", small tiles": {"tile": 1 << 15},
+    ", large tiles": {"tile": 1 << 19},
+}
+"""Widths of the tiles and panels, in entries, as attributes of the adapter."""
+
+
+SITE = Site("host", "", "linear", (OUT, IN), True, 0, "mlp.fc1", ("weight", "bias"))
+
 
 def adapter_on(host: nn.Linear, rank: int) -> SNELLAdapter:
     """SNELL at its defaults, with the outputs parted as after some steps."""
-    site = Site("host", "", "linear", (OUT, IN), True, 0, "mlp.fc1", ("weight", "bias"))
-    method = SNELL()
+    method, site = SNELL(), SITE
     option = Option("host", "m", rank, method.cost(site, rank), 0.0, (Place("host", "weight"),))
     adapter = method.build(site, option, host, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -91,19 +109,46 @@ def measured(batch: int, rank: int, rounds: int) -> dict[str, float]:
     parts: dict[str, Callable[[], object]] = {
         "threshold, slowly changing": moved,
         "threshold, from nothing": lambda: threshold(None),
-        "threshold and forward": lambda: adapter.around(host.forward, x),
         "product y": lambda: torch.mm(x, host.weight.T),
         "product dx": lambda: torch.mm(grad, host.weight),
         "product dW": lambda: torch.mm(x.T, grad),
         "product dW, sampled at 0.1": lambda: sampled(x.detach(), grad, pattern),
     }
     found = fastest(parts, rounds)
+    usual = {name: getattr(adapter, name) for name in ("tile", "panel")}
+    lora = lora_on(host, rank)
     for _ in range(rounds):
-        y = adapter.around(host.forward, x)
-        start = time.process_time()
-        y.backward(grad)
-        found["backward"] = min(found.get("backward", np.inf), time.process_time() - start)
-    return {name: round(seconds / (OUT * IN) * 1e9, 2) for name, seconds in found.items()}
+        for way, widths in WAYS.items():
+            for name, value in {**usual, **widths}.items():
+                setattr(adapter, name, value)
+            stepped(found, way, lambda: adapter.around(host.forward, x), grad)
+        stepped(found, " of lora", lambda: host(x) + lora.branch(x), grad)
+    result = {name: round(seconds / (OUT * IN) * 1e9, 2) for name, seconds in found.items()}
+    for name, value in usual.items():
+        setattr(adapter, name, value)
+    kept = adapter.delta()["weight"].detach() != 0
+    result["columns without a kept entry"] = round(1 - float(kept.any(0).float().mean()), 4)
+    result[f"blocks of {ROWS} rows in a column without one"] = round(
+        1 - float(kept.view(-1, ROWS, IN).any(1).float().mean()), 4
+    )
+    return result
+
+
+def lora_on(host: nn.Linear, rank: int) -> Adapter:
+    method = LoRA()
+    option = Option("host", "m", rank, method.cost(SITE, rank), 0.0, (Place("host", "weight"),))
+    return method.build(SITE, option, host, torch.Generator().manual_seed(0))
+
+
+def stepped(found: dict[str, float], way: str, forward: Callable[[], Tensor], grad: Tensor) -> None:
+    """Take the fastest forward and backward of a way into what was found."""
+    start = time.process_time()
+    y = forward()
+    middle = time.process_time()
+    y.backward(grad)
+    end = time.process_time()
+    for name, seconds in ((f"forward{way}", middle - start), (f"backward{way}", end - middle)):
+        found[name] = min(found.get(name, np.inf), seconds)
 
 
 def main() -> None:
