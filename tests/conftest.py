@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -84,6 +86,49 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"skips that {_ALLOWED_SKIPS.name} does not list")
         for line in _unlisted:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def loading_process() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """`subprocess.run` for `autopeft.export.verify`: forks of one process that has imported torch and timm already."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(command: list[str], *, cwd: Path, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        isolated, script = command[:-2], command[-2:]
+        if not started:
+            server = [*isolated, str(Path(__file__).with_name("loading_process.py"))]
+            pipe = subprocess.PIPE
+            started.append(subprocess.Popen(server, stdin=pipe, stdout=pipe, cwd=cwd.parent, env=env, text=True))
+        (process,) = started
+        log = cwd / "stderr.txt"
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"argv": script, "cwd": str(cwd), "stderr": str(log)}) + "\n")
+            process.stdin.flush()
+            code = int(process.stdout.readline())
+        except BaseException:
+            # An answer that comes too late would be taken for the next one's.
+            process.kill()
+            started.clear()
+            raise
+        return subprocess.CompletedProcess(command, code, "", log.read_text())
+
+    yield run
+    for process in started:
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def quick_verify(loading_process: Callable[..., subprocess.CompletedProcess[str]]) -> Iterator[None]:
+    """Exports are loaded by forks of one process; `tests/export/test_verify.py` starts a new one for each."""
+    from autopeft.export import verify
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            verify, "subprocess", SimpleNamespace(run=loading_process, TimeoutExpired=subprocess.TimeoutExpired)
+        )
+        yield
 
 
 @pytest.fixture(scope="session")

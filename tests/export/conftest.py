@@ -5,6 +5,13 @@ import pytest
 from autopeft.testing._export_ground import ExportGround, small_vit
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick(request) -> None:
+    """Every export is verified by a process that is warm, but where the fresh process is what is tested."""
+    if request.path.name != "test_verify.py":
+        request.getfixturevalue("quick_verify")
+
+
 @pytest.fixture(scope="session")
 def ground() -> ExportGround:
     return small_vit()

@@ -10,6 +10,11 @@ SMALL = ["--model", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "8"
 SMALL += [text for pair in KWARGS for text in ("--model-kwargs", pair)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick(quick_verify):
+    """Every export of these tests is verified, by a process that is warm."""
+
+
 @pytest.fixture(scope="session")
 def small():
     """Flags of a model that trains in a fraction of a second."""
