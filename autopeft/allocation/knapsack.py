@@ -131,6 +131,25 @@ class Knapsack:
         found = _exact.second(problem, chosen, plan.gap == 0, budget.limit, self.time_limit)
         return None if found is None else self._plan(problem, found, menu, budget, started)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is held to nothing but the budget."""
+        return self == Knapsack(gap=self.gap, time_limit=self.time_limit, curve=self.curve)
+
+    def keeps(self, menu: Menu, plan: Allocation) -> bool:
+        """Whether a plan of whatever origin keeps the side constraints and the menu's caps.
+
+        False also for a plan with options that are not on the menu: nothing is known of those.
+
+        Args:
+            menu: the options.
+            plan: within its own budget.
+        """
+        problem = self._problem(menu, plan.budget)
+        bought = {(o.site, o.method, o.size) for o in plan}
+        chosen = [i for i, b in enumerate(problem.bundles) if {(o.site, o.method, o.size) for o in b.members} <= bought]
+        return sum(len(problem.bundles[i].members) for i in chosen) == len(plan) and problem.keeps(chosen)
+
     def cheapest(self, menu: Menu, budget: Budget) -> Allocation | None:
         """The plan of least cost that keeps the side constraints and buys something, whatever the budget.
 

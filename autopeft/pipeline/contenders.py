@@ -20,6 +20,7 @@ from autopeft.core.scores import Evidence, Scores
 from autopeft.errors import InfeasibleBudget
 from autopeft.pipeline import rivals
 from autopeft.pipeline.plan import make_plan
+from autopeft.pipeline.targets import is_constrained
 
 if TYPE_CHECKING:
     from autopeft.config.study import Study
@@ -175,9 +176,17 @@ def all_contenders(prepared: Prepared, study: Study) -> tuple[Group, ...]:
             reason = f"the study has no method {lacking[0]!r}; name the contender {name} to have it all the same"
             groups.append(Group(rival.title, "baseline", (), reason))
         else:
-            groups.append(contender(name, prepared, study))
+            groups.append(_unbound(contender(name, prepared, study), study))
     default = Group("default plan", "default", (Candidate("default plan", make_plan(prepared, study)),))
     return (*groups, default)
+
+
+def _unbound(group: Group, study: Study) -> Group:
+    """A baseline says when it is not held to what our plans are held to."""
+    if not group.candidates or not is_constrained(study):
+        return group
+    note = "for comparison: not held to the side constraints"
+    return dataclasses.replace(group, note=f"{group.note}; {note}" if group.note else note)
 
 
 def contender_groups(prepared: Prepared, study: Study) -> tuple[Group, ...]:

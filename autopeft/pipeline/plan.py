@@ -57,6 +57,11 @@ def make_plan(prepared: Prepared, study: Study | None = None) -> Allocation:
     study = study or prepared.study
     menu = make_menu(prepared, study)
     allocator = study.allocator
+    if isinstance(allocator, SPT) and (study.limits.target != "any" or study.limits.max_rank is not None):
+        raise UsageError(
+            "SPT chooses by its own prices and keeps neither limits.target nor limits.max_rank; the allocator knapsack "
+            "does"
+        )
     if isinstance(allocator, SPT) and not allocator.methods:
         # It prices modules and vectors itself, and must not buy a method that this study does not have.
         allocator = dataclasses.replace(allocator, methods=study.methods)

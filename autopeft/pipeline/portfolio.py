@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from autopeft.allocation.knapsack import Knapsack
 from autopeft.core.allocation import Allocation
 from autopeft.errors import InfeasibleBudget
 from autopeft.pipeline.contenders import Group
-from autopeft.pipeline.plan import make_plan
+from autopeft.pipeline.plan import make_menu, make_plan
+from autopeft.pipeline.targets import is_constrained, limited_menus
 
 if TYPE_CHECKING:
     from autopeft.config.study import Study
@@ -45,10 +47,16 @@ def portfolio(prepared: Prepared, study: Study, groups: Sequence[Group]) -> tupl
     """The default mix first; then one core everywhere, cores packed by gain, biases and norms, LoRA on q and v, LoRA in
     the last blocks, SPT, one random mix, and the default mix at a third of the learning rate.
 
-    What this budget or these methods cannot express is left out, and so is a plan that is there already.
+    What this budget or these methods cannot express is left out, and so is a plan that is there already, or that does
+    not keep the side constraints: the winner of a race is exported.
     """  # noqa: D205 - one sentence
     arms: list[Arm] = []
+    allocator = study.allocator
+    bound = isinstance(allocator, Knapsack) and is_constrained(study)
+    menus = limited_menus(prepared, study, make_menu(prepared, study)) if bound else ()
     for arm in _all(prepared, study, groups):
+        if isinstance(allocator, Knapsack) and menus and not any(allocator.keeps(m, arm.allocation) for m in menus):
+            continue
         if not any(a.allocation.digest == arm.allocation.digest and a.lr_scale == arm.lr_scale for a in arms):
             arms.append(arm)
     return tuple(arms)

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from autopeft.allocation.knapsack import Knapsack
 from autopeft.backends.native import Native
+from autopeft.config.limits import LimitSettings
 from autopeft.core.allocation import Allocation
 from autopeft.core.cap import Cap
 from autopeft.core.menu import Menu, Option
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
     from autopeft.core.contracts import Method
     from autopeft.pipeline.prepare import Prepared
 
-__all__ = ["limited_menus"]
+__all__ = ["is_constrained", "limited_menus"]
+
+
+def is_constrained(study: Study) -> bool:
+    """Whether plans of the exact packing are held to more than the budget."""
+    return isinstance(study.allocator, Knapsack) and not (study.allocator.plain and study.limits == LimitSettings())
 
 
 def limited_menus(prepared: Prepared, study: Study, menu: Menu) -> tuple[Menu, ...]:

@@ -207,6 +207,23 @@ def test_constraints_equal_every_plan() -> None:
     assert min(seen["solved"] / 90, seen["infeasible"] / 3, seen["binding"] / 40) >= 1, seen
 
 
+def test_any_plan_is_judged_as_a_person_judges_it() -> None:
+    """`every_block` excepted, which `allowed` leaves out."""
+    seen: Counter[bool] = Counter()
+    settings = [s for s in SETTINGS if "every_block" not in s]
+    for seed in range(len(settings)):
+        menu, k = small_menu(seed, caps=seed % 3 == 0), Knapsack(**settings[seed % len(settings)])
+        for plan in every_plan(menu):
+            kept = allowed(plan, menu, k)
+            assert k.keeps(menu, Allocation(plan, Budget(10**6))) == kept, f"menu {seed}: {k}, {plan}"
+            seen[kept] += 1
+    assert min(seen.values()) > 1000, seen
+    elsewhere = Option("b0.s0", "lora", 9, Cost.plain(1, 1), 1.0, (place("b0.s0"),))
+    assert not Knapsack().keeps(small_menu(0), Allocation((elsewhere,), Budget(9)))
+    assert Knapsack(gap=0.1, curve=0.5).plain
+    assert not Knapsack(max_options=2).plain
+
+
 @pytest.mark.slow
 def test_constraints_equal_every_plan_on_a_thousand_menus() -> None:
     assert check_constraints(range(126, 1126))["solved"] > 700

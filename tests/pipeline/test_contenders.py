@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from autopeft.allocation.knapsack import Knapsack
+from autopeft.config.limits import LimitSettings
 from autopeft.core.allocation import Allocation
 from autopeft.core.contracts import Backend
 from autopeft.errors import UnknownPlugin
@@ -24,6 +26,7 @@ from autopeft.pipeline.events import silent
 from autopeft.pipeline.ledger import Ledger
 from autopeft.pipeline.planfile import read_plan, write_plan
 from autopeft.pipeline.planning import as_plan
+from autopeft.pipeline.portfolio import portfolio
 from autopeft.pipeline.replay import replay
 from autopeft.pipeline.runner import Runner
 from autopeft.pipeline.tune import tune
@@ -174,3 +177,31 @@ def test_the_borrowed_model_is_left_as_it_was(prepared):
     assert isinstance(prepared.model, nn.Module)
     assert not [n for n, _ in prepared.model.named_modules() if "autopeft" in n]
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "limits", [{"allocator": {"forbid": ("method:core",), "max_options": 4}}, {"limits": {"target": "lora"}}]
+)
+def test_a_race_under_side_constraints_is_won_by_a_plan_that_keeps_them(limits, prepared, study) -> None:
+    free = portfolio(prepared, study, contender_groups(prepared, study))
+    held = dataclasses.replace(
+        study,
+        allocator=Knapsack(**limits.get("allocator", {})),
+        limits=LimitSettings(**limits.get("limits", {})),
+    )
+    groups = contender_groups(prepared, held)
+    arms = portfolio(prepared, held, groups)
+    assert arms[0].name == "default mix"
+    assert len(arms) < len(free)
+    for arm in arms:
+        methods = {o.method for o in arm.allocation}
+        if "limits" in limits:
+            # A core leaves as a LoRA as well.
+            assert methods <= {"lora", "core"}, arm.name
+        else:
+            assert "core" not in methods, arm.name
+            assert len(arm.allocation) <= 4, arm.name
+    assert any({o.method for o in arm.allocation} - {"lora", "core"} for arm in free)
+    notes = {group.note for group in groups if group.role == "baseline"}
+    assert all("not held to the side constraints" in note for note in notes)
+    assert not any("not held" in group.note for group in contender_groups(prepared, study))
