@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_named_spaces() -> None:
     masks = ("memcontrol_attention", "memcontrol_difffit", "memcontrol_svdiff")
-    assert space_names() == ("core_only", "lora_only", *masks, "mixed_methods", "tradeoff", "wide")
+    assert space_names() == ("core_only", "lora_only", *masks, "mixed_methods", "subject", "tradeoff", "wide")
 
 
 @pytest.mark.parametrize("name", ["core_only", "lora_only", "mixed_methods", "tradeoff", "wide"])
