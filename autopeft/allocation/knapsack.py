@@ -124,9 +124,8 @@ class Knapsack:
         """
         started = time.perf_counter()
         problem = self._problem(menu, budget)
-        bought = {(o.site, o.method, o.size) for o in plan}
-        chosen = [i for i, b in enumerate(problem.bundles) if {(o.site, o.method, o.size) for o in b.members} <= bought]
-        if len([o for i in chosen for o in problem.bundles[i].members]) != len(plan):
+        chosen = _bought(problem, plan)
+        if chosen is None:
             raise UsageError("the plan whose rival is asked for was not bought from this menu under these constraints")
         found = _exact.second(problem, chosen, plan.gap == 0, budget.limit, self.time_limit)
         return None if found is None else self._plan(problem, found, menu, budget, started)
@@ -146,9 +145,8 @@ class Knapsack:
             plan: within its own budget.
         """
         problem = self._problem(menu, plan.budget)
-        bought = {(o.site, o.method, o.size) for o in plan}
-        chosen = [i for i, b in enumerate(problem.bundles) if {(o.site, o.method, o.size) for o in b.members} <= bought]
-        return sum(len(problem.bundles[i].members) for i in chosen) == len(plan) and problem.keeps(chosen)
+        chosen = _bought(problem, plan)
+        return chosen is not None and problem.keeps(chosen)
 
     def cheapest(self, menu: Menu, budget: Budget) -> Allocation | None:
         """The plan of least cost that keeps the side constraints and buys something, whatever the budget.
@@ -225,6 +223,13 @@ class Knapsack:
             f"({listed}). Raise the budget to at least {cost:,} or ask for less",
             cost,
         )
+
+
+def _bought(problem: Problem, plan: Allocation) -> list[int] | None:
+    """Positions of the bundles that a plan is made of; None when it has options that are in none of them."""
+    bought = {(o.site, o.method, o.size) for o in plan}
+    chosen = [i for i, b in enumerate(problem.bundles) if {(o.site, o.method, o.size) for o in b.members} <= bought]
+    return chosen if sum(len(problem.bundles[i].members) for i in chosen) == len(plan) else None
 
 
 def _short(texts: list[str], most: int = 4) -> list[str]:

@@ -51,11 +51,10 @@ def portfolio(prepared: Prepared, study: Study, groups: Sequence[Group]) -> tupl
     not keep the side constraints: the winner of a race is exported.
     """  # noqa: D205 - one sentence
     arms: list[Arm] = []
-    allocator = study.allocator
-    bound = isinstance(allocator, Knapsack) and is_constrained(study)
-    menus = limited_menus(prepared, study, make_menu(prepared, study)) if bound else ()
+    held = study.allocator if isinstance(study.allocator, Knapsack) and is_constrained(study) else None
+    menus = limited_menus(prepared, study, make_menu(prepared, study)) if held is not None else ()
     for arm in _all(prepared, study, groups):
-        if isinstance(allocator, Knapsack) and menus and not any(allocator.keeps(m, arm.allocation) for m in menus):
+        if held is not None and not any(held.keeps(menu, arm.allocation) for menu in menus):
             continue
         if not any(a.allocation.digest == arm.allocation.digest and a.lr_scale == arm.lr_scale for a in arms):
             arms.append(arm)
