@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autopeft.allocation._cross import cross_valued
-from autopeft.allocation._roles import ROLE_GROUPS, role_group
+from autopeft.allocation._roles import ROLE_GROUPS
+from autopeft.allocation.energies import energies as captured
 from autopeft.allocation.hull import on_hull
 from autopeft.core.menu import Menu, Option
-from autopeft.core.places import places_of
 from autopeft.errors import UsageError
 
 if TYPE_CHECKING:
+    from autopeft.allocation.energies import Energies
     from autopeft.core.budget import Budget
     from autopeft.core.contracts import Method
-    from autopeft.core.scores import Evidence, Scores
-    from autopeft.core.site import Catalog, Fused, Site
+    from autopeft.core.scores import Scores
+    from autopeft.core.site import Catalog, Fused
 
-__all__ = ["CALIBRATION", "Energies", "GainPolicy", "build_menu", "energies"]
+__all__ = ["CALIBRATION", "GainPolicy", "build_menu"]
 
 CALIBRATION: Mapping[str, float] = MappingProxyType(
     {"core": 1.0, "matrix": 0.125, "entries": 0.125, "vector": 0.125, "adapter": 0.125, "tokens": 0.125}
@@ -102,60 +102,6 @@ class GainPolicy:
         return factor * bend * math.copysign(abs(energy) ** self.exponent, energy)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Energies:
-    """Every option within a budget, before any correction; computed once and used for hundreds of trials.
-
-    Attributes:
-        options: in canonical order; `gain` is the energy that the method expects to capture, in the scorer's unit.
-        total: sum over the sites of the largest energy of an option there; 1 when nothing has any energy.
-        values: `gain` of the options as a share of `total`, float64 of shape (n,).
-        depths: depth of the options' sites in [-1, 1], float64 of shape (n,).
-        groups: role group of the options' sites.
-        sites: the candidate sites, by name.
-        scores: the scores that the energies come from.
-    """
-
-    options: tuple[Option, ...]
-    total: float
-    values: Any
-    depths: Any
-    groups: tuple[str, ...]
-    sites: Mapping[str, Site]
-    scores: Scores | None
-
-
-def energies(
-    catalog: Catalog,
-    methods: Mapping[str, Method],
-    scores: Scores,
-    *,
-    fused: Fused = "whole",
-    budget: Budget,
-    mergeable: bool = False,
-    tangent: Collection[str] = (),
-) -> Energies:
-    """Every size of every method at every site that the budget could pay for alone, with its uncorrected gain.
-
-    Sites where a method has no slots, and sites that the scorer kept no evidence for, are not offered. Where the scorer
-    kept halves, the entries that a method of that family would choose on the first are valued on the second: valued on
-    the samples they were chosen by, they would look better than they are.
-
-    Args:
-        catalog: the model's sites.
-        methods: method key to method.
-        scores: what the gains are computed from.
-        fused: whether fused projections are offered whole, as slices, or both.
-        budget: sizes that cost more than its limit are left out.
-        mergeable: whether to leave out what cannot be merged into the model's own tensors.
-        tangent: keys of methods that are valued by `tangent_gains`.
-
-    Raises:
-        UsageError: when a method predicts a gain that is not finite.
-    """
-    return _measure(catalog, methods, scores, fused, budget, mergeable, tangent)
-
-
 def build_menu(
     catalog: Catalog,
     methods: Mapping[str, Method],
@@ -181,7 +127,9 @@ def build_menu(
         UsageError: when a method predicts a gain that is not finite.
     """
     known = (
-        energies if energies is not None else _measure(catalog, methods, scores, fused, budget, False, policy.tangent)
+        energies
+        if energies is not None
+        else captured(catalog, methods, scores, fused=fused, budget=budget, tangent=policy.tangent)
     )
     scale = {
         key: policy.methods.get(key, 1.0) * policy.calibration.get(method.family, 1.0)
@@ -197,85 +145,3 @@ def build_menu(
         if offered
     )
     return Menu(on_hull(options, budget) if policy.hull else options, known.sites, known.scores)
-
-
-def _measure(
-    catalog: Catalog,
-    methods: Mapping[str, Method],
-    scores: Scores,
-    fused: Fused,
-    budget: Budget,
-    mergeable: bool,
-    tangent: Collection[str],
-) -> Energies:
-    sites = {site.name: site for site in catalog.offered(fused)}
-    known = {name: evidence for name, site in sites.items() if (evidence := scores.about(site)) is not None}
-    options = [
-        option
-        for name, evidence in known.items()
-        for key, method in methods.items()
-        if not mergeable or method.mergeable(sites[name])
-        for option in _options(
-            catalog, sites[name], key, method, evidence, scores.origin.scorer, budget, key in tangent
-        )
-    ]
-    options.sort(key=lambda o: o.order)
-    best: dict[str, float] = {}
-    for o in options:
-        best[o.site] = max(best.get(o.site, 0.0), o.gain)
-    total = math.fsum(best.values()) or 1.0
-    last = max(catalog.n_depth - 1, 1)
-    middle = catalog.n_depth == 1
-    return Energies(
-        options=tuple(options),
-        total=total,
-        values=np.array([o.gain for o in options], dtype=np.float64) / total,
-        depths=np.array([0.0 if middle else 2 * sites[o.site].depth / last - 1 for o in options], dtype=np.float64),
-        groups=tuple(role_group(sites[o.site]) for o in options),
-        sites=sites,
-        scores=scores,
-    )
-
-
-def _options(
-    catalog: Catalog,
-    site: Site,
-    key: str,
-    method: Method,
-    evidence: Evidence,
-    scorer: str,
-    budget: Budget,
-    tangent: bool,
-) -> list[Option]:
-    places = places_of(catalog, method, site)
-    if not places:
-        return []
-    priced = [(size, method.cost(site, size)) for size in method.sizes(site)]
-    priced = [(size, cost) for size, cost in priced if cost.of(budget.unit) <= budget.limit]
-    if not priced:
-        return []
-    sizes = [size for size, _ in priced]
-    if method.family == "entries":
-        evidence = cross_valued(evidence)
-    try:
-        gains = (_tangent(method, site, evidence, sizes) if tangent else None) or method.gains(site, evidence, sizes)
-    except UsageError:
-        # The scorer kept nothing for a slot that this method changes: it cannot be compared, so it is not offered.
-        return []
-    for (size, _), gain in zip(priced, gains, strict=True):
-        if not math.isfinite(gain):
-            raise UsageError(
-                f"method {key!r} of size {size} predicts a gain of {gain} at {site.name}; "
-                f"the scores of {scorer} there are not usable"
-            )
-    return [
-        Option(site.name, key, size, cost, float(gain), places)
-        for (size, cost), gain in zip(priced, gains, strict=True)
-    ]
-
-
-def _tangent(method: Method, site: Site, evidence: Evidence, sizes: list[int]) -> tuple[float, ...] | None:
-    # Imports torch, and whoever reads a study imports this module.
-    from autopeft.allocation.tangent import tangent_gains
-
-    return tangent_gains(method, site, evidence, sizes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopeft.allocation.gain import Energies, energies
+from autopeft.allocation.energies import Energies, energies
 from autopeft.core.budget import Budget
 from autopeft.core.cap import Cap
 from autopeft.core.contracts import Task

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.allocation._roles import role_group
-from autopeft.allocation.gain import CALIBRATION, GainPolicy, build_menu, energies
+from autopeft.allocation.energies import energies
+from autopeft.allocation.gain import CALIBRATION, GainPolicy, build_menu
 from autopeft.allocation.knapsack import Knapsack
 from autopeft.core.budget import Budget, Cost
 from autopeft.core.contracts import Method, Scorer

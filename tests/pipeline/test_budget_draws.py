@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from autopeft.allocation.gain import GainPolicy, build_menu, energies
+from autopeft.allocation.energies import energies
+from autopeft.allocation.gain import GainPolicy, build_menu
 from autopeft.allocation.indices import attach_indices
 from autopeft.allocation.knapsack import Knapsack
 from autopeft.allocation.random import RandomMix
