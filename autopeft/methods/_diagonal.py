@@ -62,10 +62,11 @@ def diagonal_energies(signal: Tensor, u: Tensor, v: Tensor, sizes: Sequence[int]
         sizes: which sizes are asked about.
     """
     rank = min(max(sizes), u.shape[1])
-    matrix = signal.detach().flatten(1).to(device="cpu", dtype=torch.float32)
+    matrix = signal.detach().flatten(1).to(device="cpu", dtype=torch.promote_types(signal.dtype, torch.float32))
     if matrix.shape != (len(u), len(v)):
         raise UsageError(
             f"the signal is of shape {tuple(matrix.shape)} and the bases of {(len(u), len(v))}; the evidence belongs "
             f"to another weight"
         )
+    u, v = u.to(matrix.dtype), v.to(matrix.dtype)
     return (u[:, :rank] * (matrix @ v[:, :rank])).double().sum(0).square()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from autopeft.core.scores import Evidence
@@ -50,6 +51,6 @@ def member_evidence(evidence: Evidence, member: Site) -> Evidence:
 
 
 def member_signal(evidence: Evidence, member: Site) -> Tensor:
-    """The signal of a member's weight, flattened to (out, in), float32 on the CPU."""
+    """The signal of a member's weight, flattened to (out, in), on the CPU; float32, or float64 for one of that type."""
     signal = member_evidence(evidence, member)["weight"].signal.detach()
-    return signal.flatten(1).float().cpu()
+    return signal.flatten(1).to(device="cpu", dtype=torch.promote_types(signal.dtype, torch.float32))

@@ -30,6 +30,7 @@ from autopeft.methods._core_shapes import (
 from autopeft.methods._host import host_tensor, is_plain, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size
+from autopeft.methods._spectrum import squared_singular_values
 
 __all__ = ["Core", "CoreAdapter"]
 
@@ -169,9 +170,13 @@ class Core:
     def _squares(self, site: Site, evidence: Evidence) -> Tensor:
         """`(u_i^T S v_j)^2` of the whole grid, float64."""
         known = evidence["weight"]
+        wide = torch.promote_types(known.signal.dtype, torch.float32)
+        signal = known.signal.detach().flatten(1).to(device="cpu", dtype=wide)
+        if self.basis == "gradient" and wide == torch.float64:
+            # Between its own vectors the signal is diagonal, exactly: vectors rounded to float32 would show in slopes.
+            return squared_singular_values(signal)[:LARGEST_RANK].diag()
         u, v = chosen_bases(self.basis, site, known, self.seed)
-        signal = known.signal.detach().flatten(1).to(device="cpu", dtype=torch.float32)
-        return (u.T @ signal @ v).double().square()
+        return (u.to(wide).T @ signal @ v.to(wide)).double().square()
 
     def _checked(self, site: Site, size: int) -> int:
         size = check_size("core", site, size, self.sizes(site))

@@ -111,7 +111,8 @@ class FacT(Grouped):
             for piece in _slices(member_signal(evidence, member), d):
                 left += (piece @ piece.T).double()
                 right += (piece.T @ piece).double()
-        u, v = (torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :_LARGEST].float() for gram in (left, right))
+        wide = member_signal(evidence, members[0]).dtype
+        u, v = (torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :_LARGEST].to(wide) for gram in (left, right))
         held = torch.cat([u.T @ _slices(member_signal(evidence, m), d) @ v for m in members]).double()
         n = len(held)
         if self.form == "tk":

@@ -78,7 +78,8 @@ class SharedCore(Grouped):
         pull = torch.zeros(rank, rank, dtype=torch.float64)
         for member in members:
             u, v = top_singular(member_evidence(evidence, member)["weight"].value, None, rank)
-            pull += (u.T @ member_signal(evidence, member) @ v).double()
+            signal = member_signal(evidence, member)
+            pull += (u.to(signal.dtype).T @ signal @ v.to(signal.dtype)).double()
         total = pull.square().cumsum(0).cumsum(1).diagonal() / len(members)
         return tuple(float(total[min(size, rank) - 1]) for size in sizes)
 
