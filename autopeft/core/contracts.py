@@ -38,6 +38,7 @@ __all__ = [
     "Inserted",
     "Judging",
     "Method",
+    "Recalling",
     "Regulariser",
     "Reward",
     "Sampler",
@@ -116,6 +117,27 @@ class Judging(Protocol):
 
         The mean may have the metric's sign turned, where less of it is better.
         """
+        ...
+
+
+@runtime_checkable
+class Recalling(Protocol):
+    """A task that measures what a model has memorised of its training samples in a way that has a gradient.
+
+    Laws: only the inner split is looked at; the batches are the same at every call, and nothing is drawn while one is
+    measured.
+    """
+
+    def recall_batches(self, batch_size: int) -> Iterable[Any]:
+        """The batches that are measured, of so many samples; the last may have fewer.
+
+        Raises:
+            UsageError: when there is nothing to measure on.
+        """
+        ...
+
+    def recall(self, model: nn.Module, batch: Any) -> Tensor:
+        """How much of a batch is memorised, its samples' mean: a finite scalar with gradient; more is worse."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autopeft.errors import UsageError
@@ -15,7 +16,7 @@ __all__ = ["denoise", "label_rows"]
 def denoise(
     model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor | None = None, text: Tensor | None = None
 ) -> Tensor:
-    """The model's output for noisy images, (b, C, H, W), in float32.
+    """The model's output for noisy images, (b, C, H, W), in float32; in float64 where the model computes in that.
 
     Args:
         model: a U-Net or transformer of diffusers, or a module of that signature.
@@ -50,7 +51,7 @@ def denoise(
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UsageError(f"a denoiser gives one image of shape {tuple(noisy.shape)} per image, this one gave {found}")
     # Further channels are a learned variance, which the mean squared error does not train.
-    return output[:, : noisy.shape[1]].float()
+    return output[:, : noisy.shape[1]].to(torch.promote_types(output.dtype, torch.float32))
 
 
 def label_rows(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autopeft.core.outcome import Split
 from autopeft.errors import Diverged, UsageError
 from autopeft.tasks._denoise import denoise, label_rows
+from autopeft.tasks._difference import difference, drawn, drawn_pairs
 from autopeft.tasks._labelled import LabelledTask, Row, device_of, evaluating
 from autopeft.tasks._latents import Autoencoder
 from autopeft.tasks._noise import Schedule, fixed_draws
@@ -25,6 +26,9 @@ __all__ = ["METRIC", "DenoisingBatch", "DenoisingTask", "Images"]
 
 METRIC = "denoising_loss"
 """What the task's metric is called."""
+
+_RECALL_DRAWS = 4
+"""Draws per image that `recall` is measured at: those of the reward `noise_difference` unless it is told others."""
 
 
 class DenoisingBatch(NamedTuple):
@@ -79,6 +83,7 @@ class DenoisingTask(LabelledTask):
     - `sample(model, n, seed, labels=None) -> Tensor (n, C, H, W) in [-1, 1]`: DDIM, deterministic;
     - `noise_difference(model, rows=None, draws=4, seed=0) -> Tensor (n, draws)`: how much the condition moves the
       predicted noise of training images, at fixed draws;
+    - `recall_batches`, `recall`: the same squared, with gradient (`autopeft.core.contracts.Recalling`);
     - `training_images() -> Tensor (n, C, H, W)` and `training_labels()`: each image of inner once, the planted ones
       too; `planted` are their rows, each shown `repeat` times in an epoch;
     - `images(split)`: the images of a split, sealed as the split is.
@@ -330,26 +335,55 @@ class DenoisingTask(LabelledTask):
         Raises:
             UsageError: for a model without a condition, or without an empty one.
         """
-        if not label_rows(model) and self._texts is None:
-            raise UsageError("the model is told neither a class nor a text, so there is no condition to leave out")
+        self._check_condition(model)
         part, device = self._images["inner"], device_of(model)
         chosen = list(range(len(part.names))) if rows is None else [int(row) for row in rows]
-        labels, found = self.training_labels(), []
+        found = []
         with evaluating(model, device), torch.no_grad():
             for first in range(0, len(chosen), self._batch_size):
                 now = chosen[first : first + self._batch_size]
-                images, names = part.denoised[now], [f"difference {seed} {part.names[i]}" for i in now]
-                condition = part.text[now] if self._texts is not None and part.text is not None else labels[now]
                 norms = []
                 for draw in range(draws):
-                    noise, at = fixed_draws(names, tuple(images.shape[1:]), self.schedule.steps, draw, draws)
-                    x, at = self.schedule.noisy(images, noise, at).to(device), at.to(device)
-                    given = denoise(model, x, at, *self._condition(condition, device))
-                    empty = denoise(model, x, at, *self._condition(None, device, len(now)))
-                    difference = (given - empty) * self.schedule.noise_scale(at, given)
-                    norms.append(difference.flatten(1).norm(dim=1).cpu())
+                    noise, at = drawn(part, now, self.schedule, draw, draws, seed)
+                    x, at = self.schedule.noisy(part.denoised[now], noise, at).to(device), at.to(device)
+                    condition, empty = self._condition(self._told(now), device), self._condition(None, device, len(now))
+                    norms.append(difference(model, self.schedule, x, at, condition, empty).flatten(1).norm(dim=1).cpu())
                 found.append(torch.stack(norms, 1))
         return torch.cat(found)
+
+    def recall_batches(self, batch_size: int) -> Iterator[DenoisingBatch]:
+        """The planted images at the draws of `noise_difference`; all of inner, in a fixed random order, without plants.
+
+        `labels` are rows of captions for a model that takes texts.
+        """
+        part = self._images["inner"]
+        order = torch.randperm(len(part.names), generator=torch.Generator().manual_seed(0)).tolist()
+        for rows, noise, steps in drawn_pairs(part, self.planted or order, self.schedule, _RECALL_DRAWS, batch_size):
+            yield DenoisingBatch(part.denoised[rows], self._told(rows), noise, steps)
+
+    def recall(self, model: nn.Module, batch: DenoisingBatch) -> Tensor:
+        """`|eps(x_t, c) - eps(x_t, empty)|^2` per entry of an image, the mean of the batch.
+
+        The square of what `noise_difference` takes the norm of: smooth where the two agree, too.
+
+        Raises:
+            UsageError: for a model without a condition, or without an empty one.
+        """
+        self._check_condition(model)
+        device = device_of(model)
+        x = self.schedule.noisy(batch.images, batch.noise, batch.timesteps).to(device)
+        condition, empty = self._condition(batch.labels, device), self._condition(None, device, len(x))
+        found = difference(model, self.schedule, x, batch.timesteps.to(device), condition, empty)
+        return found.square().mean()
+
+    def _check_condition(self, model: nn.Module) -> None:
+        if not label_rows(model) and self._texts is None:
+            raise UsageError("the model is told neither a class nor a text, so there is no condition to leave out")
+
+    def _told(self, rows: Sequence[int]) -> Tensor:
+        """Classes of training images, or rows of captions where the model takes texts."""
+        text = self._images["inner"].text
+        return text[rows] if self._texts is not None and text is not None else self.training_labels()[rows]
 
     def _errors(self, model: nn.Module, batch: DenoisingBatch, device: torch.device) -> Tensor:
         images, noise = (t.to(device, non_blocking=True) for t in (batch.images, batch.noise))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autopeft.core.outcome import Split
 from autopeft.errors import UsageError
@@ -74,6 +74,17 @@ class ToyTask(LabelledTask):
         for split, images in self._images.items():
             digest.update(split.encode() + images.numpy().tobytes() + self._labels[split].numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def recall_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The first eight samples of inner (`autopeft.core.contracts.Recalling`)."""
+        rows: list[Row] = [("inner", i) for i in range(min(8, self.sizes["inner"]))]
+        yield from self.walk([rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], None)
+
+    def recall(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared difference of the outputs for images and for blank ones: a stand-in for a noise difference."""
+        images = batch[0].to(next(model.parameters()).device)
+        difference: Tensor = model(images) - model(torch.zeros_like(images))
+        return difference.square().mean()
 
     def walk(self, chunks: Sequence[Sequence[Row]], generator: torch.Generator | None) -> Iterator[Batch]:
         """The batches of these rows."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from autopeft.core.contracts import Judging, Task
+from autopeft.core.contracts import Judging, Recalling, Task
 from autopeft.errors import DataError, StaleRun, StoreError, UsageError
 from autopeft.tasks._denoise import label_rows
 from autopeft.tasks._noise import fixed_draws
@@ -231,6 +231,29 @@ def test_the_noise_difference_by_hand() -> None:
         task.noise_difference(tiny_denoiser("unet", labels=None))
     with pytest.raises(UsageError, match="label_dropout=0"):
         task.noise_difference(tiny_denoiser("unet", labels=10))
+
+
+def test_what_is_recalled_is_the_squared_noise_difference() -> None:
+    """Per entry of the image, at the reward's own draws; of the planted images, or of all where none is planted."""
+    task, model = opened(data="digits?planted=3&repeat=2"), tiny_denoiser(labels=11)
+    state = torch.get_rng_state()
+    batches = [list(task.recall_batches(5)) for _ in range(2)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert isinstance(task, Recalling)
+    assert [len(batch.images) for batch in batches[0]] == [5, 5, 2]
+    for one, other in zip(*batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
+    shares = [task.recall(model, batch) * len(batch.images) / 12 for batch in batches[0]]
+    wanted = task.noise_difference(model, task.planted, draws=4).double().square().mean() / 64
+    assert float(sum(shares).detach()) == pytest.approx(float(wanted), rel=1e-5)
+    slopes = torch.autograd.grad(sum(shares), list(model.parameters()), allow_unused=True)
+    assert sum(float(g.abs().sum()) > 0 for g in slopes if g is not None) > 0.9 * len(slopes)
+    plain = opened()
+    rows = [row for batch in plain.recall_batches(4) for row in batch.images]
+    assert len(rows) == 4 * plain.sizes["inner"]
+    assert all(torch.equal(rows[4 * i], rows[4 * i + k]) for i in range(3) for k in range(4))
+    with pytest.raises(UsageError, match="no condition"):
+        plain.recall(tiny_denoiser("unet", labels=None), next(iter(plain.recall_batches(2))))
 
 
 def test_images_of_the_test_split_are_sealed(tmp_path: Path) -> None:
