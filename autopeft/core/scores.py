@@ -31,6 +31,9 @@ class TensorEvidence:
         square: second moment: mean of the squared gradients, where kept.
         bases: name (`activation`, `aligned`, `trajectory`) to orthonormal bases measured on the data, best first:
             (out_features, n) and (in_features, n), float32. Only those that a method of the study asks for.
+        memory: how memorisation changes, in the coordinates of the signal, where measured; `ScoreOrigin.memory` says of
+            what. Of a measure M: its gradient, so that a step that captures a part c of the signal changes M by
+            `-<c, memory>`. Of the gap between two halves: the signal of the first half less that of the second.
     """
 
     value: Tensor
@@ -40,6 +43,7 @@ class TensorEvidence:
     half_c: Tensor | None = None
     square: Tensor | None = None
     bases: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    memory: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +82,8 @@ class ScoreOrigin:
         head: hash of the head that gradients were taken through.
         data: hash of the samples that were looked at.
         seconds: time the scoring took.
+        memory: what the evidence's `memory` is about: `noise_difference`, `gap`, or empty where there is none.
+        memory_samples: passes of a sample through the model that measuring it took besides `n_samples`.
     """
 
     scorer: str
@@ -87,6 +93,8 @@ class ScoreOrigin:
     head: str = ""
     data: str = ""
     seconds: float = 0.0
+    memory: str = ""
+    memory_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

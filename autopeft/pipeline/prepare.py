@@ -168,8 +168,15 @@ class Prepared:
             found = self.study.scorer.score(self.model, self.catalog, self.task, self.study.seed)
         elapsed = time.perf_counter() - start
         self.seconds["scores"] = elapsed
-        self.sample_epochs += found.origin.n_samples
-        origin = dataclasses.replace(self.origin, n_samples=found.origin.n_samples, seconds=round(elapsed, 3))
+        own = found.origin
+        self.sample_epochs += own.n_samples + own.memory_samples
+        origin = dataclasses.replace(
+            self.origin,
+            n_samples=own.n_samples,
+            seconds=round(elapsed, 3),
+            memory=own.memory,
+            memory_samples=own.memory_samples,
+        )
         scores = Scores(origin, found.totals, found.evidence)
         if self.folder is not None:
             save_scores(scores, self.folder)

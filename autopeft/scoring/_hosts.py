@@ -25,6 +25,7 @@ class Known:
     half_a: Tensor | None = None
     half_c: Tensor | None = None
     square: Tensor | None = None
+    memory: Tensor | None = None
 
 
 class Hosts:
@@ -133,7 +134,8 @@ def _view(site: Site, value: Tensor, known: Known) -> TensorEvidence:
     assert signal is not None
     assert score is not None
     assert value_ is not None
-    return TensorEvidence(value_, signal, score, cut(known.half_a), cut(known.half_c), cut(known.square))
+    halves = cut(known.half_a), cut(known.half_c)
+    return TensorEvidence(value_, signal, score, *halves, cut(known.square), memory=cut(known.memory))
 
 
 def _total(site: Site, score: Tensor) -> float:

@@ -18,15 +18,19 @@ from autopeft.scoring._hosts import Known, assemble
 from autopeft.scoring._measure import Measured, measure
 from autopeft.scoring._moments import Moments
 from autopeft.scoring._out_of_fold import fit_out_of_fold
+from autopeft.scoring._recall import recall_gradient
 from autopeft.scoring._saliency import signed_root
 from autopeft.scoring._shrinkage import Noisy, shrink
 from autopeft.scoring.gradient import Gradient
 from autopeft.scoring.memorising import cosine
 
-__all__ = ["Calibrated", "Preconditioner"]
+__all__ = ["Calibrated", "Memory", "Preconditioner"]
 
 Preconditioner = Literal["diagonal", "kronecker"]
 """In which coordinates a matrix is preconditioned: its entries, or the eigenvectors of two Kronecker factors."""
+
+Memory = Literal["noise_difference", "gap"]
+"""What of memorisation is measured: the task's own measure at the start, or how far two halves of the data part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,17 @@ class Calibrated:
     entries. `half_a` and `half_c` are the halves' mean gradients in those coordinates (scaled and limited alike),
     `square` the mean of squares. Outputs of residual blocks have curvature and lambda of their own.
 
+    With `memory`, the evidence's `memory` holds a second signal in the same coordinates, for `gain.price`. With `P` the
+    square of the ratio of step to signal, `1 / (F + lambda)^power` without `reach`, it is
+
+    - `noise_difference`: `P^(1/2) dM`, M the task's own measure (`Recalling.recall`) of what the model has memorised
+      before it is trained, for diffusion the mean squared noise difference of the planted images: the square of what
+      the reward `noise_difference` is the norm of. Not a statistic of batches, and not scaled to E. Takes a further
+      pass over these images.
+    - `gap`: the signal of the first half less that of the second, which any task has, from the same pass.
+
     Memory: four sums per entry in place of three, and two square matrices per matrix, as far as sides are at most
-    `largest_side`; a longer side keeps its plain coordinates.
+    `largest_side`; a longer side keeps its plain coordinates. `memory` keeps one tensor of the model's size more.
 
     Attributes:
         gradient: the pass over the data, in mode `per_batch` and one process; its halves are always kept.
@@ -70,6 +83,7 @@ class Calibrated:
         folds: out-of-fold classifiers; 0 takes gradients through the model's own head.
         alignment: how much of the energy the worst disagreement takes away, from 0 to below 1.
         largest_side: longest side of a matrix that is rotated.
+        memory: what of memorisation is measured besides; None for nothing.
     """
 
     gradient: Gradient = field(default_factory=Gradient)
@@ -80,12 +94,17 @@ class Calibrated:
     folds: int = 3
     alignment: float = 0.5
     largest_side: int = 1024
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         if self.preconditioner not in get_args(Preconditioner):
             raise UsageError(
                 f"calibrated.preconditioner must be one of {', '.join(get_args(Preconditioner))}, got "
                 f"{self.preconditioner!r}"
+            )
+        if self.memory is not None and self.memory not in get_args(Memory):
+            raise UsageError(
+                f"calibrated.memory must be one of {', '.join(get_args(Memory))}, or null for none, got {self.memory!r}"
             )
         if not 0 <= self.power <= 1:
             raise UsageError(f"calibrated.power must lie between 0 (plain) and 1 (natural gradient), got {self.power}")
@@ -111,8 +130,9 @@ class Calibrated:
         Raises:
             AutopeftError: as `Gradient.score` does.
             DataError: when there are fewer batches than folds.
-            UsageError: in mode `per_sample`, in a process group of several ranks, or when the classifier cannot be
-                fitted in closed form.
+            UsageError: in mode `per_sample`, in a process group of several ranks, when the classifier cannot be
+                fitted in closed form, or with `memory=noise_difference` for a task that has no measure of its own or no
+                samples to take it on.
         """
         settings = replace(self.gradient, halves=True)
         sums: dict[str, CurvatureSums] = {}
@@ -127,13 +147,21 @@ class Calibrated:
 
         used = fit_out_of_fold(model, catalog, task, settings, seed, self.folds).used if self.folds else None
         found = measure(settings, model, catalog, task, seed, make, used)
+        slopes: dict[str, Tensor] | None = None
+        passed = 0
+        if self.memory == "noise_difference":
+            slopes, passed = recall_gradient(model, catalog, task, settings, seed)
         known: dict[str, Known] = {}
         outputs = {site.name for site in found.hosts.blocks} & set(found.known)
         for keys in (set(found.known) - outputs, outputs):
-            known |= self._finished({key: k for key, k in found.known.items() if key in keys}, sums, found)
-        return assemble(catalog, found.hosts, known, found.origin(self, catalog, task))
+            part = {key: k for key, k in found.known.items() if key in keys}
+            known |= self._finished(part, sums, found, slopes or {})
+        origin = replace(found.origin(self, catalog, task), memory=self.memory or "", memory_samples=passed)
+        return assemble(catalog, found.hosts, known, origin)
 
-    def _finished(self, known: dict[str, Known], sums: dict[str, CurvatureSums], found: Measured) -> dict[str, Known]:
+    def _finished(
+        self, known: dict[str, Known], sums: dict[str, CurvatureSums], found: Measured, slopes: dict[str, Tensor]
+    ) -> dict[str, Known]:
         """Evidence of tensors that share one damping."""
         scale = found.samples / found.units
         entries = sum(k.score.numel() for k in known.values())
@@ -155,14 +183,23 @@ class Calibrated:
             for key, noisy, w in zip(live, measured, weights, strict=True):
                 # The sum of squares becomes their mean.
                 mean = replace(known[key], score=known[key].score.div_(found.units))
-                done[key] = self._one(mean, sums.pop(key), noisy, w, tau, scale, damping)
+                done[key] = self._one(mean, sums.pop(key), noisy, w, tau, scale, damping, slopes.get(key))
             for key in set(keys) - set(live):
-                # No gradient at all: everything is zero and stays so.
-                done[key] = replace(known[key], square=known[key].score)
+                # No gradient at all: everything is zero and stays so, and no step is made that could change anything.
+                nothing = None if self.memory is None else torch.zeros_like(known[key].signal)
+                done[key] = replace(known[key], square=known[key].score, memory=nothing)
         return done
 
     def _one(
-        self, known: Known, sums: CurvatureSums, noisy: Noisy, w: float, tau: float, scale: float, damping: float
+        self,
+        known: Known,
+        sums: CurvatureSums,
+        noisy: Noisy,
+        w: float,
+        tau: float,
+        scale: float,
+        damping: float,
+        slope: Tensor | None,
     ) -> Known:
         assert known.half_a is not None
         assert known.half_c is not None
@@ -180,18 +217,29 @@ class Calibrated:
         energies = curvature * prior_part
         if norm > 0:
             energies.add_(known.signal.square(), alpha=signal_part / norm)
-        flat = known.signal * stretch
         rotated = sums.left is not None or sums.right is not None
         frame = sums.frame(curvature.flatten(1)) if rotated else Frame(None, None, curvature)
-        if rotated:
-            flat = flat.flatten(1)
-        signal = frame.restore(self._gain_root(frame.rotate(flat), frame.curvature, damping)).view(known.signal.shape)
+
+        def turned(tensor: Tensor) -> Tensor:
+            return frame.rotate(tensor.flatten(1) if rotated else tensor)
+
+        def rooted(tensor: Tensor) -> Tensor:
+            return self._gain_root(turned(tensor * stretch), frame.curvature, damping)
+
+        memory = None
+        if self.memory == "gap":
+            memory = frame.restore(rooted(known.half_a) - rooted(known.half_c)).view(known.signal.shape)
+        elif slope is not None:
+            ratio = self._step_root(turned(known.signal * stretch), frame.curvature, damping)
+            memory = frame.restore(turned(slope.to(ratio.dtype)) * ratio).view(known.signal.shape)
+        signal = frame.restore(rooted(known.signal)).view(known.signal.shape)
         return Known(
             signal=signal,
             score=self._gain_root(energies.sqrt_(), curvature, damping).square_(),
             half_a=own(known.half_a),
             half_c=own(known.half_c),
             square=known.score,
+            memory=memory,
         )
 
     def _gain_root(self, gradient: Tensor, curvature: Tensor, damping: float) -> Tensor:
@@ -202,3 +250,11 @@ class Calibrated:
         step = (size / (curvature + damping)).clamp_(max=self.reach)
         gain = size.mul_(step).sub_(step.square().mul_(curvature), alpha=0.5)
         return signed_root(gain.clamp_(min=0), gradient)
+
+    def _step_root(self, gradient: Tensor, curvature: Tensor, damping: float) -> Tensor:
+        """Per coordinate the ratio of the step to the signal: the root of the preconditioner."""
+        if self.reach is None:
+            return (curvature + damping).pow_(-self.power / 2)
+        # With t the step and s the signal, s^2 / t^2 = |g| / t - F / 2, and |g| / t is the larger of these two.
+        bend = torch.maximum(curvature + damping, gradient.abs() / self.reach)
+        return bend.sub_(curvature, alpha=0.5).rsqrt_()

@@ -22,7 +22,7 @@ from autopeft.store.atomic import read_json, write_bytes, write_json
 __all__ = ["load_scores", "save_scores"]
 
 _NUMBERS, _TENSORS = "scores.json", "scores.safetensors"
-_FIELDS = ("value", "signal", "score", "half_a", "half_c", "square")
+_FIELDS = ("value", "signal", "score", "half_a", "half_c", "square", "memory")
 
 
 @dataclass(frozen=True, slots=True)

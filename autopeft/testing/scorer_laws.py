@@ -28,7 +28,7 @@ from autopeft.testing.toy_task import ToyTask
 
 __all__ = ["BROKEN", "ScorerLaws"]
 
-_FIELDS = ("value", "signal", "score", "half_a", "half_c", "square")
+_FIELDS = ("value", "signal", "score", "half_a", "half_c", "square", "memory")
 _SEED = 5
 
 

@@ -210,3 +210,99 @@ def test_no_gradient_at_all(line: Any) -> None:
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Calibrated(**settings)
+
+
+class _Recalled:
+    """A task whose memorisation is half the squared outputs for given images."""
+
+    def __init__(self, task: Any, images: torch.Tensor) -> None:
+        self._task, self._images = task, images
+        self.classes, self.data_hash, self.sizes = task.classes, task.data_hash, task.sizes
+        self.batches, self.loss = task.batches, task.loss
+
+    def recall_batches(self, batch_size: int) -> Any:
+        return ((part,) for part in self._images.split(batch_size))
+
+    def recall(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        found: torch.Tensor = model(batch[0]).square().sum(1).mean() / 2
+        return found
+
+
+def measured(task: Any, images: torch.Tensor) -> Any:
+    return _Recalled(task, images)
+
+
+def test_the_gap_by_hand(line: Any) -> None:
+    """As in `test_hand_worked`: the halves' gradients (2,0), (0,2) over sqrt(5); with reach 0.1, roots of their gains.
+
+    Of an entry 2 with F = 4 and lambda = 1: step min(2 / 5, 0.1), gain 2 * 0.1 - 4 * 0.01 / 2 = 0.18.
+    """
+    for reach, size in ((None, 2 * 5**-0.5), (0.1, 0.18**0.5)):
+        scorer = Calibrated(FILE, 1.0, 0.25, "diagonal", reach, folds=0, memory="gap")
+        scores = scorer.score(*line)
+        memory = scores.evidence["0"]["weight"].memory
+        torch.testing.assert_close(memory, torch.tensor([[size, -size]], dtype=torch.float64))
+        assert (scores.origin.memory, scores.origin.memory_samples) == ("gap", 0)
+
+
+@pytest.mark.parametrize("reach", [None, 0.1, 1.0])
+def test_a_measure_by_hand(line: Any, reach: float | None) -> None:
+    """M = (w x)^2 / 2 at x = (1, 3): its gradient is (w x) x. The step times it is the signal times the memory.
+
+    Steps per entry of g = 1 with F = 4 and lambda = 1: 1 / 5 for power 1, and min(1 / 5, reach) with reach.
+    """
+    model, catalog, task = line
+    x = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    scorer = Calibrated(FILE, 1.0, 0.25, "diagonal", reach, folds=0, memory="noise_difference")
+    scores = scorer.score(model, catalog, measured(task, x))
+    known = scores.evidence["0"]["weight"]
+    assert known.memory is not None
+    step = 0.2 if reach is None else min(0.2, reach)
+    torch.testing.assert_close(known.signal * known.memory, step * float(model[0](x).detach()) * x)
+    assert (scores.origin.memory, scores.origin.memory_samples) == ("noise_difference", 2)
+    plain = Calibrated(FILE, 1.0, 0.25, "diagonal", reach, folds=0).score(*line).evidence["0"]["weight"]
+    assert torch.equal(plain.signal, known.signal)
+    assert torch.equal(plain.score, known.score)
+    assert plain.memory is None
+
+
+def test_a_measure_is_seen_in_the_signal_s_coordinates() -> None:
+    """Kronecker factors L and R, power 1: `L^(-1/2) dM R^(-1/2) sqrt(tr L)`, the factors computed directly."""
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+    site = Site("0", "0", "linear", (3, 4), False, 0, "other", ("weight",))
+    generator = torch.Generator().manual_seed(0)
+    images, labels = (torch.randn(24, n, generator=generator, dtype=torch.float64) for n in (4, 3))
+
+    class Task:
+        classes, data_hash, sizes = ("a",), "quadratic", {"inner": 24, "outer": 0, "test": 0}
+
+        def batches(self, split: str, seed: int | None = None, batch_size: int | None = None) -> Any:
+            yield from zip(images.split(batch_size or 1), labels.split(batch_size or 1), strict=True)
+
+        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+            return (model(batch[0]) * batch[1]).sum(1).mean()
+
+    scorer = Calibrated(FILE, power=1.0, damping=1e-9, folds=0, memory="noise_difference")
+    task = measured(Task(), images[:5])
+    memory = scorer.score(model, Catalog((site,), (), 12, 0, 1), task).evidence["0"]["weight"].memory
+    batches = torch.stack([y.T @ x / 2 for x, y in Task().batches("inner", batch_size=2)])
+    left, right = 2 * (batches @ batches.mT).mean(0), 2 * (batches.mT @ batches).mean(0)
+    (slope,) = torch.autograd.grad(task.recall(model, (images[:5],)), [model[0].weight])  # type: ignore[list-item]
+
+    def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors / values.sqrt() @ vectors.T
+
+    wanted = inverse_root(left) @ slope @ inverse_root(right) * left.trace().sqrt()
+    torch.testing.assert_close(memory, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_what_measures_no_memorisation_is_refused(line: Any) -> None:
+    model, catalog, task = line
+    scorer = Calibrated(FILE, folds=0, memory="noise_difference")
+    with pytest.raises(UsageError, match=r"no measure of memorisation of its own.*memory=gap"):
+        scorer.score(model, catalog, task)
+    with pytest.raises(UsageError, match=r"no training samples to measure memorisation on.*planted"):
+        scorer.score(model, catalog, measured(task, torch.empty(0, 2, dtype=torch.float64)))
+    with pytest.raises(UsageError, match=r"memory must be one of noise_difference, gap.*'wen'"):
+        Calibrated(memory="wen")  # type: ignore[arg-type]

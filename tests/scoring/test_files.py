@@ -15,6 +15,7 @@ from autopeft.core.scores import Scores
 from autopeft.core.site import Catalog
 from autopeft.errors import CorruptFile, StoreError, UsageError
 from autopeft.models.scan import scan
+from autopeft.scoring.calibrated import Calibrated
 from autopeft.scoring.files import load_scores, save_scores
 from autopeft.scoring.fisher import Fisher
 from autopeft.scoring.gradient import Gradient
@@ -22,7 +23,7 @@ from autopeft.scoring.magnitude import Magnitude
 from autopeft.testing.tiny import tiny_convnet, tiny_vit
 from autopeft.testing.toy_task import ToyTask
 
-FIELDS = ("value", "signal", "score", "half_a", "half_c", "square")
+FIELDS = ("value", "signal", "score", "half_a", "half_c", "square", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def scored() -> tuple[Scores, Catalog]:
     return Gradient(halves=True, squares=True).score(model, catalog, ToyTask()), catalog
 
 
-@pytest.mark.parametrize("scorer", [Gradient(halves=True), Fisher(), Magnitude()])
+@pytest.mark.parametrize("scorer", [Gradient(halves=True), Fisher(), Magnitude(), Calibrated(memory="gap")])
 def test_round_trip_is_exact(scorer: Scorer, tmp_path: Path) -> None:
     model = tiny_vit()
     catalog = scan(model)

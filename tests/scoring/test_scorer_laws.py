@@ -69,6 +69,16 @@ class TestCalibratedOfFiniteSteps(ScorerLaws):
         return Calibrated(Gradient(batch_size=3, blocks=False), preconditioner="diagonal", reach=0.1, folds=0)
 
 
+class TestCalibratedWithTheGap(ScorerLaws):
+    def make(self) -> Scorer:
+        return Calibrated(Gradient(batch_size=4), memory="gap")
+
+
+class TestCalibratedWithAMeasure(ScorerLaws):
+    def make(self) -> Scorer:
+        return Calibrated(Gradient(batch_size=3), folds=0, memory="noise_difference")
+
+
 class TestSNIP(ScorerLaws):
     def make(self) -> Scorer:
         return SNIP()
