@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from autopeft.allocation._cross import cross_valued
 from autopeft.allocation._roles import role_group
+from autopeft.allocation.memory import memory_changes
 from autopeft.core.menu import Option
 from autopeft.core.places import places_of
 from autopeft.errors import UsageError
@@ -18,7 +19,7 @@ from autopeft.errors import UsageError
 if TYPE_CHECKING:
     from autopeft.core.budget import Budget
     from autopeft.core.contracts import Method
-    from autopeft.core.scores import Evidence, Scores
+    from autopeft.core.scores import Evidence, ScoreOrigin, Scores
     from autopeft.core.site import Catalog, Fused, Site
 
 __all__ = ["Energies", "energies"]
@@ -32,6 +33,10 @@ class Energies:
         options: in canonical order; `gain` is the energy that the method expects to capture, in the scorer's unit.
         total: sum over the sites of the largest energy of an option there; 1 when nothing has any energy.
         values: `gain` of the options as a share of `total`, float64 of shape (n,).
+        memories: `memory` of the options, what their steps do to memorisation (`memory_changes`), as a share of
+            `memory_total`, float64 of shape (n,); None where the scorer measured nothing of it.
+        memory_total: sum over the sites of the largest change, in either direction, of an option there; 1 when nothing
+            changes it.
         depths: depth of the options' sites in [-1, 1], float64 of shape (n,).
         groups: role group of the options' sites.
         sites: the candidate sites, by name.
@@ -45,6 +50,8 @@ class Energies:
     groups: tuple[str, ...]
     sites: Mapping[str, Site]
     scores: Scores | None
+    memories: Any | None = None
+    memory_total: float = 1.0
 
 
 def energies(
@@ -82,15 +89,12 @@ def energies(
         for name, evidence in known.items()
         for key, method in methods.items()
         if not mergeable or method.mergeable(sites[name])
-        for option in _options(
-            catalog, sites[name], key, method, evidence, scores.origin.scorer, budget, key in tangent
-        )
+        for option in _options(catalog, sites[name], key, method, evidence, scores.origin, budget, key in tangent)
     ]
     options.sort(key=lambda o: o.order)
-    best: dict[str, float] = {}
-    for o in options:
-        best[o.site] = max(best.get(o.site, 0.0), o.gain)
-    total = math.fsum(best.values()) or 1.0
+    total = _total((o.site, o.gain) for o in options)
+    changes = [o.memory for o in options if o.memory is not None]
+    memory_total = _total((o.site, abs(o.memory)) for o in options if o.memory is not None)
     last = max(catalog.n_depth - 1, 1)
     middle = catalog.n_depth == 1
     return Energies(
@@ -101,7 +105,16 @@ def energies(
         groups=tuple(role_group(sites[o.site]) for o in options),
         sites=sites,
         scores=scores,
+        memories=np.array(changes, dtype=np.float64) / memory_total if scores.origin.memory else None,
+        memory_total=memory_total,
     )
+
+
+def _total(values: Iterable[tuple[str, float]]) -> float:
+    best: dict[str, float] = {}
+    for site, value in values:
+        best[site] = max(best.get(site, 0.0), value)
+    return math.fsum(best.values()) or 1.0
 
 
 def _options(
@@ -110,7 +123,7 @@ def _options(
     key: str,
     method: Method,
     evidence: Evidence,
-    scorer: str,
+    origin: ScoreOrigin,
     budget: Budget,
     tangent: bool,
 ) -> list[Option]:
@@ -122,22 +135,34 @@ def _options(
     if not priced:
         return []
     sizes = [size for size, _ in priced]
-    if method.family == "entries":
-        evidence = cross_valued(evidence)
+    valued = cross_valued(evidence) if method.family == "entries" else evidence
+    changes: Sequence[float | None] | None = [None] * len(sizes)
     try:
-        gains = (_tangent(method, site, evidence, sizes) if tangent else None) or method.gains(site, evidence, sizes)
+        own = _tangent(method, site, valued, sizes) if tangent else None
+        gains = own or method.gains(site, valued, sizes)
+        if origin.memory:
+
+            def captured(seen: Evidence) -> tuple[float, ...]:
+                return (_tangent(method, site, seen, sizes) if own else None) or method.gains(site, seen, sizes)
+
+            # For a gap each half makes a choice and a step of its own.
+            seen = evidence if origin.memory == "gap" else valued
+            changes = memory_changes(captured, seen, origin.memory, fixed=own is not None)
     except UsageError:
         # The scorer kept nothing for a slot that this method changes: it cannot be compared, so it is not offered.
         return []
-    for (size, _), gain in zip(priced, gains, strict=True):
-        if not math.isfinite(gain):
+    if changes is None:
+        return []
+    for size, gain, change in zip(sizes, gains, changes, strict=True):
+        if not math.isfinite(gain) or not math.isfinite(change or 0.0):
+            what = f"a gain of {gain}" + ("" if change is None else f" and a change of memorisation of {change}")
             raise UsageError(
-                f"method {key!r} of size {size} predicts a gain of {gain} at {site.name}; "
-                f"the scores of {scorer} there are not usable"
+                f"method {key!r} of size {size} predicts {what} at {site.name}; the scores of {origin.scorer} there "
+                "are not usable"
             )
     return [
-        Option(site.name, key, size, cost, float(gain), places)
-        for (size, cost), gain in zip(priced, gains, strict=True)
+        Option(site.name, key, size, cost, float(gain), places, memory=change)
+        for (size, cost), gain, change in zip(priced, gains, changes, strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,6 +45,10 @@ class GainPolicy:
 
         calibration[f] * methods[m] * roles[g] * exp(depth_tilt * z + depth_curvature * (z^2 - 1/3)) * e^exponent.
 
+    With a price on memorisation, d the change that the option's step makes to it as a share of the model's
+    (`Energies.memories`), an option is worth its gain `phi e`, less `price * phi d`: what scales the step's gain scales
+    its change alike, so that a plan's total change never grows with the price (`Menu` of all sizes, exact packing).
+
     The curvature term has mean zero over depth, so that it moves budget between the ends and the middle without
     changing its value against anything else.
 
@@ -57,7 +61,12 @@ class GainPolicy:
         calibration: multiplier per family of methods, 1 where none is given; measured, and no knob of the search.
         tangent: keys of methods whose energies come from their own parametrisation (`tangent_gains`) in place of their
             formula, where they can; slower.
-        hull: whether to offer the options on the concave hull of each place's gains alone (`on_hull`).
+        hull: whether to offer the options on the concave hull of each place's gains alone (`on_hull`), after the price.
+        price: of memorisation, in gains; 0 does not look at it. At 1 a plan that changes memorisation by all that the
+            model's best options could is worth its gain less that of all of these. It needs scores that measured
+            memorisation (`scorer=calibrated scorer.memory=noise_difference`, or `gap`), and acts through the gains:
+            allocators that do not read these (`mask`, `random`, `spt`, `uniform`) do not see it. Options that are then
+            worth nothing are not offered.
 
     Raises:
         UsageError: for a value outside of its range, or an unknown group.
@@ -71,6 +80,7 @@ class GainPolicy:
     calibration: Mapping[str, float] = field(default_factory=lambda: dict(CALIBRATION))
     tangent: tuple[str, ...] = ()
     hull: bool = False
+    price: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.exponent <= 1:
@@ -79,6 +89,8 @@ class GainPolicy:
             value = getattr(self, name)
             if not abs(value) <= 20:
                 raise UsageError(f"gain.{name} must lie between -20 and 20, got {value}")
+        if not (math.isfinite(self.price) and self.price >= 0):
+            raise UsageError(f"gain.price must be finite and at least 0 (no price), got {self.price}")
         for noun in ("methods", "roles", "calibration"):
             for key, value in getattr(self, noun).items():
                 if not (math.isfinite(value) and value >= 0):
@@ -124,7 +136,8 @@ def build_menu(
         energies: what `energies` gave for the same first three arguments, `fused` and `budget`; computed when None.
 
     Raises:
-        UsageError: when a method predicts a gain that is not finite.
+        UsageError: when a method predicts a gain that is not finite, or memorisation has a price and the scorer
+            measured nothing of it.
     """
     known = (
         energies
@@ -139,9 +152,26 @@ def build_menu(
     roles = np.array([policy.roles.get(group, 1.0) for group in known.groups])
     bend = np.exp(policy.depth_tilt * known.depths + policy.depth_curvature * (known.depths**2 - 1 / 3))
     gains = factor * roles * bend * np.copysign(np.abs(known.values) ** policy.exponent, known.values)
+    offered, changes = factor > 0, [None] * len(known.options)
+    if policy.price:
+        moved = _changes(known, gains, policy.price)
+        gains, changes = gains - policy.price * moved, moved.tolist()
+        offered &= gains > 0
     options = tuple(
-        Option(o.site, o.method, o.size, o.cost, gain, o.places)
-        for o, gain, offered in zip(known.options, gains.tolist(), (factor > 0).tolist(), strict=True)
-        if offered
+        Option(o.site, o.method, o.size, o.cost, gain, o.places, memory=change)
+        for o, gain, change, there in zip(known.options, gains.tolist(), changes, offered.tolist(), strict=True)
+        if there
     )
     return Menu(on_hull(options, budget) if policy.hull else options, known.sites, known.scores)
+
+
+def _changes(known: Energies, gains: Any, price: float) -> Any:
+    """Changes of memorisation, scaled as the gains are scaled against the energies."""
+    if known.memories is None:
+        scorer = known.scores.origin.scorer if known.scores is not None else "none"
+        raise UsageError(
+            f"gain.price is {price:g}, but the scores measured nothing of memorisation (scorer {scorer}); set "
+            "scorer=calibrated and scorer.memory=noise_difference (task diffusion) or gap (any task), or gain.price=0"
+        )
+    values = np.where(known.values == 0, 1.0, known.values)
+    return np.where(known.values == 0, 0.0, gains / values) * known.memories

@@ -107,6 +107,12 @@ class Allocation:
         return sum(option.gain for option in self.options)
 
     @property
+    def memory(self) -> float | None:
+        """Sum of the predicted changes of memorisation; None where no option has one."""
+        known = [option.memory for option in self.options if option.memory is not None]
+        return sum(known) if known else None
+
+    @property
     def worth(self) -> float:
         """What was maximised: the gain, unless the provenance says otherwise."""
         return self.gain if self.provenance.value is None else self.provenance.value

@@ -71,10 +71,12 @@ class Option:
         method: key of the method in the study (two keys may hold one method with different settings).
         size: the method's own size: rank, core side, number of entries, bottleneck width; 1 where there is none.
         cost: exact price; at least one trainable scalar.
-        gain: predicted decrease of the validation loss; comparable between all options of one menu.
+        gain: predicted decrease of the validation loss; comparable between all options of one menu. Where memorisation
+            has a price, less that price.
         places: the places it occupies, sorted.
         indices: which entries, for sparse options once they are chosen.
         bases: between which frozen matrices, for options whose bases come from data, once they are chosen.
+        memory: predicted change of memorisation, below 0 where it is less; None where it has no price.
     """
 
     site: str
@@ -85,6 +87,7 @@ class Option:
     places: tuple[Place, ...]
     indices: Indices | None = None
     bases: Bases | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.cost.trainable < 1:
@@ -93,6 +96,8 @@ class Option:
             raise ValueError(f"option {self.key} must have a size of at least 1, got {self.size}")
         if not math.isfinite(self.gain):
             raise ValueError(f"the gain of option {self.key} must be finite, got {self.gain}")
+        if self.memory is not None and not math.isfinite(self.memory):
+            raise ValueError(f"the memory of option {self.key} must be finite, got {self.memory}")
         if not self.places:
             raise ValueError(f"option {self.key} occupies no place")
         if tuple(sorted(set(self.places))) != self.places:

@@ -32,7 +32,9 @@ def make_menu(prepared: Prepared, study: Study) -> Menu:
     Options that cost more than the share of the budget that the study spends are on it too; no allocator buys them.
 
     Raises:
-        InfeasibleBudget: when not even the cheapest option fits the budget.
+        InfeasibleBudget: when not even the cheapest option fits the budget, or memorisation has a price that no option
+            is worth.
+        UsageError: when memorisation has a price and the scorer measured nothing of it.
     """
     menu = build_menu(
         prepared.catalog,
@@ -44,6 +46,11 @@ def make_menu(prepared: Prepared, study: Study) -> Menu:
         energies=prepared.energies(study),
     )
     if not len(menu):
+        if study.gain.price and prepared.energies(study).options:
+            raise InfeasibleBudget(
+                f"at gain.price={study.gain.price:g} no option is worth the memorisation that it is predicted to add; "
+                "lower the price"
+            )
         raise _too_small(prepared, study)
     return menu
 

@@ -135,7 +135,7 @@ def repack_plan(
     with _weights(prepared.model, merged), thread_count(prepared.threads):
         scores = study.scorer.score(prepared.model, prepared.catalog, prepared.task, study.seed)
     seen = trained.first.epochs * round(study.train.data_fraction * prepared.task.sizes["inner"])
-    seen += scores.origin.n_samples
+    seen += scores.origin.n_samples + scores.origin.memory_samples
     return _packed(prepared, study, first.allocation, kept, scores), seen
 
 
@@ -198,8 +198,11 @@ def _packed(prepared: Prepared, study: Study, first: Allocation, kept: Mapping[s
         elif option.size > now.size and _nested(study, now):
             # A growing adapter is worth the difference: what it holds now has been taken from the gradient already.
             held = priced.get((now.site, now.method, now.size))
-            gain = option.gain - (held.gain if held is not None else 0.0)
-            offered.append(dataclasses.replace(option, cost=_more(option.cost, now.cost), gain=gain))
+            gain, memory = option.gain, option.memory
+            if held is not None:
+                gain -= held.gain
+                memory = memory - held.memory if memory is not None and held.memory is not None else None
+            offered.append(dataclasses.replace(option, cost=_more(option.cost, now.cost), gain=gain, memory=memory))
     fits = [o for o in offered if o.cost.of(budget.unit) <= left and o.gain > 0]
     bought: tuple[Option, ...] = ()
     if fits:
@@ -207,7 +210,7 @@ def _packed(prepared: Prepared, study: Study, first: Allocation, kept: Mapping[s
         bought = Knapsack().allocate(Menu(tuple(fits), menu.sites, scores), spare, study.seed).options
     for option in bought:
         whole = priced[option.site, option.method, option.size]
-        stay[option.key] = dataclasses.replace(whole, gain=option.gain)
+        stay[option.key] = dataclasses.replace(whole, gain=option.gain, memory=option.memory)
     plan = Allocation(tuple(stay.values()), budget, Provenance("repack", scores.origin.scorer))
     return attach_indices(plan, methods, scores, menu.sites)
 
