@@ -32,7 +32,7 @@ def packing_facts(plan: Allocation, rival: Mapping[str, Any] | None = None) -> d
     Returns:
         `gain`, `value` (what was maximised where that is something else), `bound` (no plan is worth more), `gap`
         (relative distance to it), `price` (gain per further unit of budget), `unspent` (units of budget) and
-        `next_best`.
+        `next_best`; where memorisation has a price, `memory` too: its predicted change, in the unit of the gains.
     """
     proof = plan.provenance
     return {
@@ -43,6 +43,7 @@ def packing_facts(plan: Allocation, rival: Mapping[str, Any] | None = None) -> d
         "price": proof.price,
         "unspent": plan.budget.limit - plan.spent,
         "next_best": rival,
+        **({} if plan.memory is None else {"memory": plan.memory}),
     }
 
 

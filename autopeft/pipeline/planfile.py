@@ -196,6 +196,8 @@ def _option_to_json(option: Option) -> dict[str, Any]:
         "tensors": cost.tensors,
         "places": [[place.site, place.slot] for place in option.places],
     }
+    if option.memory is not None:
+        row["memory"] = option.memory
     if option.indices is not None:
         row["indices_sha256"] = option.indices.sha256
     if option.bases is not None:
@@ -223,7 +225,8 @@ def _option_from_json(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         bases = Bases(*(tensors[f"bases/{side}/{key}"].numpy().copy() for side in ("left", "right")))
         if bases.sha256 != row["bases_sha256"]:
             raise ValueError(f"the bases of {key} do not match their digest")
-    return Option(row["site"], row["method"], row["size"], cost, float(row["gain"]), places, indices, bases)
+    memory = float(row["memory"]) if "memory" in row else None
+    return Option(row["site"], row["method"], row["size"], cost, float(row["gain"]), places, indices, bases, memory)
 
 
 def _read_tensors(path: Path, data: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ _LISTED = 3
 
 
 def packing_lines(facts: Mapping[str, Any], limit: int) -> tuple[str, ...]:
-    """One line on the proof, one on what more budget would buy, one on the next best plan; fewer where less is known.
+    """Lines on the proof, what more budget would buy, memorisation and the next best plan; fewer where less is known.
 
     Args:
         facts: `packing` of a `plan.json`.
@@ -28,6 +28,9 @@ def packing_lines(facts: Mapping[str, Any], limit: int) -> tuple[str, ...]:
         lines.append(proof)
         worth = f", {price:.3g} per further unit of budget" if price is not None else ""
         lines.append(f"predicted gain {value:.6g}, upper bound {bound:.6g}{worth}; {facts.get('unspent', 0):,} unspent")
+    if facts.get("memory") is not None:
+        way = "more" if facts["memory"] > 0 else "less"
+        lines.append(f"predicted change of memorisation {facts['memory']:+.6g} ({way}), its price taken off the gain")
     if rival := facts.get("next_best"):
         lines.append(_rival(rival))
     return tuple(lines)

@@ -29,6 +29,7 @@ class AllocationRow:
         gain: predicted gain.
         role: what the site does, such as `attn.qkv`; the end of the site's name when the site is not known.
         depth: index of the residual block, None when the site is not known.
+        memory: predicted change of memorisation; None where it has no price.
     """
 
     site: str
@@ -39,6 +40,7 @@ class AllocationRow:
     gain: float
     role: str
     depth: int | None
+    memory: float | None = None
 
 
 def allocation_rows(
@@ -49,7 +51,7 @@ def allocation_rows(
 
     Args:
         allocation: an allocation, or the options of a `plan.json`: objects with `site`, `slot`, `method`, `size`,
-            `cost` and `gain`. Rows made before stay as they are.
+            `cost`, `gain` and perhaps `memory`. Rows made before stay as they are.
         sites: the catalogue (or its sites), which gives every row its role and depth.
 
     Raises:
@@ -86,6 +88,7 @@ def _plain(option: Option | Mapping[str, Any]) -> Mapping[str, Any]:
         "size": option.size,
         "cost": option.cost.trainable,
         "gain": option.gain,
+        "memory": option.memory,
     }
 
 
@@ -104,6 +107,7 @@ def _row(option: Mapping[str, Any], known: Mapping[str, tuple[int, Site]]) -> Al
         gain=float(option["gain"]),
         role=site.role if site else _role_from_name(name),
         depth=site.depth if site else None,
+        memory=None if option.get("memory") is None else float(option["memory"]),
     )
 
 

@@ -116,15 +116,19 @@ def trial_table(record: Record) -> Table:
 
 
 def allocation_table(rows: Iterable[AllocationRow]) -> Table:
-    """Where the parameters of a plan lie, site by site."""
+    """Where the parameters of a plan lie, site by site, and what each does to memorisation where that is known."""
     listed = tuple(rows)
     total = sum(row.cost for row in listed)
-    body = tuple(
-        (r.site, r.slot, r.method, f"{r.size:,}", f"{r.cost:,}", share_text(r.cost, total), f"{r.gain:.3g}")
-        for r in listed
-    )
-    header = ("site", "slot", "method", "size", "parameters", "share", "predicted gain")
-    return Table("Allocation", header, body, "lllrrrr")
+    remembers = any(r.memory is not None for r in listed)
+
+    def cells(r: AllocationRow) -> tuple[str, ...]:
+        own = (r.site, r.slot, r.method, f"{r.size:,}", f"{r.cost:,}", share_text(r.cost, total), f"{r.gain:.3g}")
+        return (*own, "" if r.memory is None else f"{r.memory:+.3g}") if remembers else own
+
+    header: tuple[str, ...] = ("site", "slot", "method", "size", "parameters", "share", "predicted gain")
+    if remembers:
+        header = (*header, "memorisation")
+    return Table("Allocation", header, tuple(map(cells, listed)), "lllrrrr" + "r" * remembers)
 
 
 def spending_tables(rows: Iterable[AllocationRow]) -> tuple[Table, ...]:

@@ -33,6 +33,13 @@ def test_the_next_best_plan() -> None:
     assert bare == "the next best plan gains as much: nothing in place of lora 2 at blocks.0.mlp.fc1"
 
 
+def test_what_happens_to_memorisation() -> None:
+    assert packing_lines({"memory": -0.25}, 100) == (
+        "predicted change of memorisation -0.25 (less), its price taken off the gain",
+    )
+    assert "+0.5 (more)" in packing_lines({"memory": 0.5}, 100)[0]
+
+
 def test_nothing_is_said_where_nothing_is_known() -> None:
     assert packing_lines({}, 100) == ()
     assert packing_lines({**FACTS, "bound": None, "gap": None}, 100) == ()
