@@ -53,7 +53,8 @@ def fixed_costs(prepared: Prepared) -> dict[str, float]:
     of the weight need them, take `4 k^2 d + 8 k d^2 + 9 d^3` operations for (k, d) with k >= d (Golub and Van Loan,
     2013, figure 8.6.1), and are compared with the operations of a training pass, counted on one sample.
     """
-    found = {"scoring": SCORING * prepared.scores.origin.n_samples}
+    origin = prepared.scores.origin
+    found = {"scoring": SCORING * (origin.n_samples + origin.memory_samples)}
     if prepared.basis_samples:
         found["bases"] = SCORING * prepared.basis_samples
     if prepared.probe is not None:

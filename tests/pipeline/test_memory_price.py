@@ -23,6 +23,7 @@ from autopeft.methods.lora import LoRA
 from autopeft.methods.norm import Norm
 from autopeft.methods.sparse import Sparse
 from autopeft.models.scan import scan
+from autopeft.pipeline.costs import SCORING, fixed_costs
 from autopeft.pipeline.plan import make_plan
 from autopeft.pipeline.planfile import plan_to_json, read_plan, write_plan
 from autopeft.pipeline.planning import as_plan
@@ -175,7 +176,9 @@ def test_a_plan_of_a_denoiser_shows_what_it_remembers(folder: Path, tmp_path: Pa
     prepared = prepared_for(folder, tmp_path / "run")
     study = prepared.study
     assert prepared.scores.origin.memory == "noise_difference"
+    # Two planted images at four draws, with their condition and without.
     assert prepared.sample_epochs == prepared.scores.origin.n_samples + 2 * 2 * 4
+    assert fixed_costs(prepared)["scoring"] == SCORING * prepared.sample_epochs
     bare = prepared_for(folder, scorer__memory=None)
     free = make_plan(prepared, study)
     assert free.digest == make_plan(bare, bare.study).digest
