@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -39,6 +40,21 @@ def test_holm_steps_down(inference: ModuleType) -> None:
     # 3 x 0.01, 2 x 0.03, then 1 x 0.04 is raised to what came before it.
     assert inference.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
     assert inference.holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+
+
+def test_fronts_and_what_they_cover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(2, 2) and (1, 4) are in front of (3, 3) and (2, 4); a point covers what is no better in either number."""
+    monkeypatch.setitem(sys.modules, "run", loaded("memcontrol/run.py"))
+    gradient = loaded("memcontrol/gradient.py")
+    ours = gradient.front([(2.0, 2.0), (3.0, 3.0), (1.0, 4.0), (2.0, 4.0)])
+    assert ours == [(2.0, 2.0), (1.0, 4.0)]
+    theirs = [(2.0, 2.0), (0.5, 5.0), (4.0, 1.0), (1.0, 4.5)]
+    assert gradient.coverage(ours, theirs) == 2 / 4
+    assert gradient.coverage(theirs, ours) == 1 / 2
+    # The best loss is the second's; at most 3 remembered leaves the first alone.
+    outer = {"price 0": (2.0, 2.0), "price 1": (1.0, 4.0)}
+    assert gradient.chosen(outer, 3.0)["priced, epsilon"] == "price 0"
+    assert gradient.chosen(outer, 5.0)["priced, epsilon"] == "price 1"
 
 
 @pytest.mark.parametrize(
