@@ -86,6 +86,7 @@ class DenoisingTask(LabelledTask):
     - `recall_batches`, `recall`: the same squared, with gradient (`autopeft.core.contracts.Recalling`);
     - `training_images() -> Tensor (n, C, H, W)` and `training_labels()`: each image of inner once, the planted ones
       too; `planted` are their rows, each shown `repeat` times in an epoch;
+    - `conditions(rows)`: what the model is told of some of them, as `sample` takes it;
     - `images(split)`: the images of a split, sealed as the split is.
 
     Args:
@@ -253,6 +254,13 @@ class DenoisingTask(LabelledTask):
         """The classes of `training_images`, int64 (n,)."""
         return self._labels["inner"][: len(self._images["inner"].names)].clone()
 
+    def conditions(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """What the model is told of these `training_images`, as `sample` takes it: int64 of shape (rows,)."""
+        chosen, part = torch.as_tensor(rows, dtype=torch.int64), self._images["inner"]
+        if self._texts is None:
+            return self.training_labels()[chosen]
+        return part.text[chosen] if part.text is not None else torch.full_like(chosen, len(self._texts) - 1)
+
     def sample(
         self,
         model: nn.Module,
@@ -346,7 +354,8 @@ class DenoisingTask(LabelledTask):
                 for draw in range(draws):
                     noise, at = drawn(part, now, self.schedule, draw, draws, seed)
                     x, at = self.schedule.noisy(part.denoised[now], noise, at).to(device), at.to(device)
-                    condition, empty = self._condition(self._told(now), device), self._condition(None, device, len(now))
+                    condition = self._condition(self.conditions(now), device)
+                    empty = self._condition(None, device, len(now))
                     norms.append(difference(model, self.schedule, x, at, condition, empty).flatten(1).norm(dim=1).cpu())
                 found.append(torch.stack(norms, 1))
         return torch.cat(found)
@@ -359,7 +368,7 @@ class DenoisingTask(LabelledTask):
         part = self._images["inner"]
         order = torch.randperm(len(part.names), generator=torch.Generator().manual_seed(0)).tolist()
         for rows, noise, steps in drawn_pairs(part, self.planted or order, self.schedule, _RECALL_DRAWS, batch_size):
-            yield DenoisingBatch(part.denoised[rows], self._told(rows), noise, steps)
+            yield DenoisingBatch(part.denoised[rows], self.conditions(rows), noise, steps)
 
     def recall(self, model: nn.Module, batch: DenoisingBatch) -> Tensor:
         """`|eps(x_t, c) - eps(x_t, empty)|^2` per entry of an image, the mean of the batch.
@@ -379,11 +388,6 @@ class DenoisingTask(LabelledTask):
     def _check_condition(self, model: nn.Module) -> None:
         if not label_rows(model) and self._texts is None:
             raise UsageError("the model is told neither a class nor a text, so there is no condition to leave out")
-
-    def _told(self, rows: Sequence[int]) -> Tensor:
-        """Classes of training images, or rows of captions where the model takes texts."""
-        text = self._images["inner"].text
-        return text[rows] if self._texts is not None and text is not None else self.training_labels()[rows]
 
     def _errors(self, model: nn.Module, batch: DenoisingBatch, device: torch.device) -> Tensor:
         images, noise = (t.to(device, non_blocking=True) for t in (batch.images, batch.noise))

@@ -33,7 +33,9 @@ from autopeft.tasks.splits import Splits
 __all__ = ["Diffusion"]
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
-_PLANTS = ("planted", "repeat")
+_PLANTS: Mapping[str, int] = MappingProxyType({"planted": 0, "repeat": 1, "own": 0})
+"""What may be asked behind a specification of data, and what holds where it is not."""
+
 _CHUNK = 64
 
 
@@ -105,7 +107,8 @@ class Diffusion:
             data: what classification takes (a folder per class, `digits`, `torch/...`, `hfds/...`, `csv:...`), a
                 folder of images without classes, or one with captions in `metadata.jsonl`; see
                 `autopeft.tasks.sources.captions`. `?planted=N&repeat=R` behind it shows the first N images of
-                inner R times as often as the others, so that memorising them can be measured.
+                inner R times as often as the others, so that memorising them can be measured; `&own=1` gives each of
+                them a class of its own, as a caption that no other image has.
             data_config: the model's preprocessing, with `diffusion` as `autopeft.models.diffusers` gives it.
             folder: the run folder; None writes nothing.
             seed: seed of the cut.
@@ -136,17 +139,21 @@ class Diffusion:
         texts = _texts(found, splits, images, model_folder, folder) if facts.get("text") else None
         if plants["planted"] > len(splits.inner):
             raise DataError(f"{data} plants {plants['planted']} images, and inner has {len(splits.inner)}")
+        classes, labels = splits.classes, {split: list(splits[split].labels) for split in _SPLITS}
+        if plants["own"]:
+            labels["inner"][: plants["planted"]] = range(len(classes), len(classes) + plants["planted"])
+            classes = (*classes, *(f"planted {i + 1}" for i in range(plants["planted"])))
         return DenoisingTask(
             self,
             schedule,
-            splits.classes,
-            {split: splits[split].labels for split in _SPLITS},
+            classes,
+            labels,
             images,
             planted=tuple(range(plants["planted"])),
             repeat=plants["repeat"],
             texts=texts,
             autoencoder=vae,
-            digest=_digest(splits, found),
+            digest=_digest(splits, found) + ("own" if plants["own"] else ""),
             data_config=data_config,
             batch_size=checked.batch_size,
             folder=folder,
@@ -194,11 +201,13 @@ def _planted(data: str) -> tuple[str, dict[str, int]]:
     """The specification without its plants, and the plants."""
     place, _, query = data.rpartition("?")
     if not place or not any(query.startswith(f"{key}=") or f"&{key}=" in query for key in _PLANTS):
-        return data, {"planted": 0, "repeat": 1}
-    _, settings = split_query(f"data?{query}", _PLANTS)
-    found = {"planted": 0, "repeat": 1}
+        return data, dict(_PLANTS)
+    _, settings = split_query(f"data?{query}", tuple(_PLANTS))
+    found = dict(_PLANTS)
     for key, text in settings.items():
-        if not text.isdigit() or int(text) < 1:
+        if key == "own" and text not in ("0", "1"):
+            raise UsageError(f"own of the data {data!r} must be 0 or 1, got {text!r}")
+        if key != "own" and (not text.isdigit() or int(text) < 1):
             raise UsageError(f"{key} of the data {data!r} must be a whole number of at least 1, got {text!r}")
         found[key] = int(text)
     return place, found

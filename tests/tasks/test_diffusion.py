@@ -155,6 +155,23 @@ def test_planted_images_are_repeated_in_inner_alone() -> None:
         opened(data="digits?planted=99&repeat=2")
 
 
+def test_planted_images_may_have_classes_of_their_own() -> None:
+    plain, task = opened(data="digits?planted=3&repeat=4"), opened(data="digits?planted=3&repeat=4&own=1")
+    assert len(task.classes) == len(plain.classes) + 3
+    assert task.classes[-3:] == ("planted 1", "planted 2", "planted 3")
+    assert task.training_labels()[:3].tolist() == [10, 11, 12]
+    assert torch.equal(task.training_labels()[3:], plain.training_labels()[3:])
+    assert torch.equal(task.training_images(), plain.training_images())
+    told = opened(data="digits?planted=3&repeat=4&own=1", spec=Diffusion(label_dropout=0.0))
+    shown = torch.cat([b.labels for b in told.batches("inner", 0)])
+    assert [int((shown == label).sum()) for label in (10, 11, 12)] == [4, 4, 4]
+    assert int(torch.cat([b.labels for b in task.batches("outer", 0)]).max()) <= 9
+    assert task.data_hash != plain.data_hash
+    assert torch.equal(opened(data="digits?planted=3&own=0").training_labels(), plain.training_labels())
+    with pytest.raises(UsageError, match=r"own of the data .* must be 0 or 1, got 'yes'"):
+        opened(data="digits?planted=3&own=yes")
+
+
 def test_sampling_is_deterministic_per_seed_and_leaves_no_trace() -> None:
     task, model = opened(), tiny_denoiser("unet", labels=11).train()
     random, calls = torch.get_rng_state(), []
