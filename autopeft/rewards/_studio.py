@@ -47,17 +47,26 @@ class Studio:
         self.model, self.task, self.split = model, task, split
         self._made: dict[tuple[Any, ...], Tensor] = {}
 
-    def generated(self, n: int, seed: int) -> Tensor:
+    def generated(self, n: int, seed: int, planted: bool = False) -> Tensor:
         """Samples of the model, (n, C, H, W) in [-1, 1] on the CPU.
 
+        Args:
+            n: how many.
+            seed: of the noise they are made from.
+            planted: whether the model is told the conditions of the planted images, in turn.
+
         Raises:
-            UsageError: when the task's model makes no images.
+            UsageError: when the task's model makes no images, or the task has no planted ones.
         """
-        key = ("generated", n, seed)
+        key = ("generated", n, seed, planted)
         if key not in self._made:
             task = generative(self.task)
+            labels = None
+            if planted:
+                rows = torch.tensor(_planted(task))
+                labels = task.conditions(rows)[torch.arange(n) % len(rows)]  # type: ignore[attr-defined]
             with borrowed(self.model):
-                made = task.sample(self.model, n, seed).detach().float().cpu()
+                made = task.sample(self.model, n, seed, labels).detach().float().cpu()
             if made.ndim != 4 or len(made) != n:
                 raise UsageError(f"the task was asked for {n} images and gave a tensor of shape {tuple(made.shape)}")
             self._made[key] = made
@@ -69,11 +78,18 @@ class Studio:
             self._made["real",] = generative(self.task).images(self.split).detach().float().cpu()
         return self._made["real",]
 
-    def training(self) -> Tensor:
-        """The training images."""
-        if ("training",) not in self._made:
-            self._made["training",] = generative(self.task).training_images().detach().float().cpu()
-        return self._made["training",]
+    def training(self, planted: bool = False) -> Tensor:
+        """The training images, or the planted ones of them.
+
+        Raises:
+            UsageError: when the task has no planted ones.
+        """
+        key = ("training", planted)
+        if key not in self._made:
+            task = generative(self.task)
+            images = task.training_images().detach().float().cpu()
+            self._made[key] = images[torch.tensor(_planted(task))] if planted else images
+        return self._made[key]
 
     def features(self, images: Tensor, extractor: str, pretrained_path: str | None) -> Tensor:
         """Features of images that this studio gave, (n, d)."""
@@ -95,6 +111,16 @@ def generative(task: Task) -> GenerativeTask:
             f"`images` and `training_images` give some"
         )
     return task
+
+
+def _planted(task: GenerativeTask) -> tuple[int, ...]:
+    rows = tuple(getattr(task, "planted", ()))
+    if not rows or not hasattr(task, "conditions"):
+        raise UsageError(
+            "this reward looks at planted images, and the task has none; plant some (`?planted=4&repeat=16` behind the "
+            "data) or let it look at all"
+        )
+    return rows
 
 
 @contextmanager
