@@ -199,6 +199,7 @@ def test_other_tasks_are_refused() -> None:
         (lambda: MiFID(threshold=0.0), "threshold"),
         (lambda: AMD(space="sound"), "'sound'"),  # type: ignore[arg-type]
         (lambda: AMD(distance="l1"), "'l1'"),  # type: ignore[arg-type]
+        (lambda: AMD(rows="few"), "'few'"),  # type: ignore[arg-type]
         (lambda: Extraction(threshold=-1.0), "threshold"),
         (lambda: Extraction(clique=0), "clique"),
         (lambda: NoiseDifference("sum"), "'sum'"),  # type: ignore[arg-type]

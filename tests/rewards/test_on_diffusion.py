@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from autopeft.config.plugin import Plugin
+from autopeft.errors import UsageError
 from autopeft.rewards._copies import amd, extracted
 from autopeft.tasks.denoising import DenoisingTask
 from autopeft.tasks.diffusion import Diffusion
@@ -54,6 +55,20 @@ def test_every_part_of_a_joint_reward_is_measured() -> None:
     norms = task.noise_difference(model, (0, 1), 2, 0).double().mean(1)
     assert found["noise_difference_max"] == pytest.approx(float(norms.max()))
     assert reward.watched == "denoising_loss" in task.evaluate(model, "outer")
+
+
+def test_the_distance_to_planted_images_of_what_is_made_for_their_conditions() -> None:
+    task, model = opened("digits?planted=2&repeat=5&own=1"), tiny_denoiser("unet", 13)
+    reward = Plugin("rewards").read(
+        {"type": "amd", "samples": 5, "space": "pixels", "distance": "l2", "rows": "planted"}
+    )
+    images = task.sample(model, 5, 0, torch.tensor([10, 11, 10, 11, 10]))
+    apart = (images[:, None] - task.training_images()[None, :2]).square().mean((2, 3, 4)).sqrt()
+    found = reward.measure(model, task, "outer")
+    assert reward.names == ("amd_pixels_l2_planted",)
+    assert found["amd_pixels_l2_planted"] == pytest.approx(float(apart.min(1).values.mean()), rel=1e-5)
+    with pytest.raises(UsageError, match="the task has none"):
+        reward.measure(tiny_denoiser("unet", 11), opened("digits"), "outer")
 
 
 def test_trials_are_judged_on_the_way_by_what_points_where_the_goal_points() -> None:
