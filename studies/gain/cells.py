@@ -60,7 +60,7 @@ class Cell:
 
 MODELS: dict[str, tuple[str, str | None, int | None]] = {
     "bundled": ("bundled:vit_tiny_fashion", None, None),
-    "vit-s14": ("vit_small_patch14_dinov2", "vit_small_patch14.safetensors", 56),
+    "vit-s14": ("vit_small_patch14_dinov2", "vit_small_patch14.safetensors", 42),
 }
 
 CELLS = (
