@@ -85,7 +85,10 @@ def test_codes_for_the_change_with_what_they_cost(trained, tmp_path):
     assert f"| 6 bits, lloyd | {last['bytes']:,} |" in readme
 
 
-@pytest.mark.parametrize("rescale", ["dare", "darex-q", "darex-q-layer"])
+@pytest.mark.parametrize(
+    "rescale",
+    [pytest.param("dare", marks=pytest.mark.slow), pytest.param("darex-q", marks=pytest.mark.slow), "darex-q-layer"],
+)
 def test_dropping_is_recorded_and_comes_out_the_same_again(trained, tmp_path, rescale):
     flags = ["--drop", "0.6", "--rescale", rescale, "--bits", "5", "--seed", "3", "--samples", "16"]
     if rescale == "darex-q":
@@ -120,6 +123,7 @@ def test_dropping_is_recorded_and_comes_out_the_same_again(trained, tmp_path, re
     assert listing(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_file_that_came_out_differently_is_said_so(trained, tmp_path):
     compressed(trained, "--bits", "4", "--max-loss-increase", "inf", "-o", tmp_path / "out")
     path = tmp_path / "out" / "compress.json"

@@ -19,7 +19,8 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, check=False, env=env)
 
 
-@pytest.mark.parametrize("plan", [pytest.param("mergeable", marks=pytest.mark.slow), "any"])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["mergeable", "any"])
 def test_a_plan_of_many_methods_survives(plan: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()

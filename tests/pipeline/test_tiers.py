@@ -77,6 +77,7 @@ def units(record):
     return sum(v for k, v in record.costs.items() if k in OURS) / record.costs["full_training"]
 
 
+@pytest.mark.slow
 def test_the_tier_race(small, pictures, tmp_path):
     record = run(small, pictures, tmp_path / "race", "--tier", "race", "--epochs", "14")
     assert units(record) <= TIERS["race"]
@@ -160,6 +161,7 @@ def test_only_runs_on_the_same_model_and_goal_count(tmp_path):
         warm_points([str(tmp_path / "gone")], "abc", ONE, SPACE)
 
 
+@pytest.mark.slow
 def test_a_search_starts_from_earlier_runs_and_stops_by_its_rule(small, pictures, tmp_path):
     """Two runs: what the first found is tried first in the second, which a generous bound ends after five trials."""
     first = run(small, pictures, tmp_path / "first", "--trials", "2", "--epochs", "1")
