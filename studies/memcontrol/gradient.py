@@ -5,11 +5,12 @@
 
 The second one trains, under the budget that the found mask (its knee) takes, one plan per price: SV-DIFF's shifts,
 chosen site by site by exact packing, for the predicted decrease of the loss less the price of the predicted change of
-the planted images' squared noise difference. Both predictions come from one scoring of the untrained model. The rate
+the planted images' squared noise difference. Both predictions come from one scoring of the model before training, but
+for its table of labels, which is trained alone first: new classes start as no class, where nothing differs. The rate
 is tuned on the plan without a price and serves all, so that there are three trainings on inner, and one per further
 price; the mask search had as many as `run.py` gave it, whose epochs are taken over. Two plans are chosen as the masks
 were: the knee of (loss, noise difference) on the outer split, and the best loss that remembers no more than unmasked
-SV-DIFF. They and the plan without a price are trained on inner and outer with three seeds and measured on the test
+SV-DIFF. They and the plan without a price are trained with three new seeds, as the masks were, and measured on the test
 split. Reported besides: how the predicted change ranks plans against the noise difference that was measured, how much
 of either front on the outer split the other one covers, and the costs. Trainings are kept in a ledger.
 """
@@ -19,12 +20,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from run import COLUMNS, HERE, MEMORY, QUALITY, REPORTED, SEEDS, say, study_of, tuned
 from scipy.stats import spearmanr
+from torch import nn
 
 from autopeft.allocation.gain import GainPolicy
 from autopeft.allocation.knapsack import Knapsack
@@ -63,6 +67,32 @@ def priced_study(epochs: int, trials: int, parameters: int) -> Study:
 
 def priced(study: Study, price: float) -> Study:
     return dataclasses.replace(study, gain=GainPolicy(price=price or SAME))
+
+
+@contextmanager
+def labels_learned(prepared: Prepared, study: Study) -> Iterator[None]:
+    """Scores measured inside see a table of labels that was trained alone; the model is given back as it was."""
+    model, task = prepared.model, prepared.task
+    tables = [p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()]
+    flags, before = [p.requires_grad for p in model.parameters()], [p.detach().clone() for p in tables]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is table for table in tables))
+    optimizer = torch.optim.AdamW(tables, lr=study.train.lr.head, weight_decay=0.0)
+    for epoch in range(study.train.epochs):
+        for batch in task.batches("inner", epoch):
+            optimizer.zero_grad()
+            task.loss(model, batch).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+    try:
+        _ = prepared.scores
+        yield
+    finally:
+        with torch.no_grad():
+            for table, value in zip(tables, before, strict=True):
+                table.copy_(value)
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -115,7 +145,7 @@ def trained(runner: Runner, study: Study, prices: Sequence[float]) -> tuple[dict
 
 
 def finals(prepared: Prepared, runner: Runner, picked: Mapping[str, tuple[Study, Allocation]]) -> dict[str, Any]:
-    """Three seeds on inner and outer, measured on the test split, which is opened here."""
+    """Three seeds, measured on the test split, which is opened here."""
     prepared.task.unseal_test()
     rows: dict[str, dict[str, Any]] = {}
     for name, (one, plan) in picked.items():
@@ -126,7 +156,7 @@ def finals(prepared: Prepared, runner: Runner, picked: Mapping[str, tuple[Study,
                 plan,
                 label=f"{name}, seed {seed}",
                 seed=seed,
-                splits=("inner", "outer"),
+                splits=("inner",),
                 measure="test",
                 stage="finish",
             )
@@ -152,9 +182,11 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(
             f"{args.result} has {masks['sizes']} samples, here are {dict(prepared.task.sizes)}: run it again"
         )
+    with labels_learned(prepared, study):
+        costs = fixed_costs(prepared) | {"labels": prepared.task.sizes["inner"] * study.train.epochs}
     runner = Runner(prepared, Ledger(ledger), say)
     rows, plans = trained(runner, study, args.prices)
-    costs = fixed_costs(prepared) | runner.ledger.passes()
+    costs |= runner.ledger.passes()
     costs.pop("finish", None)
     outer = {name: tuple(row["outer"]) for name, row in rows.items()}
     picked = {FREE: FREE, **chosen(outer, masks["limit"])}
