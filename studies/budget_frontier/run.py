@@ -34,14 +34,15 @@ from autopeft.store.atomic import write_json
 
 STEP = 10**0.5
 SCALES = tuple(STEP**i for i in range(-2, 3))
+SCREENED = SCALES[2:4]
 SEEDS = (1, 2, 3)
 EXTENSIONS = 2
 MODELS: Mapping[str, tuple[str, str | None, int | None]] = {
     "bundled": ("bundled:vit_tiny_fashion", None, None),
-    "vit-s14": ("vit_small_patch14_dinov2", "vit_small_patch14.safetensors", 56),
+    "vit-s14": ("vit_small_patch14_dinov2", "vit_small_patch14.safetensors", 42),
     "lite0": ("tf_efficientnet_lite0", "lite0.safetensors", 96),
 }
-EPOCHS = {"bundled": 6, "vit-s14": 6, "lite0": 6}
+EPOCHS = {"bundled": 12, "vit-s14": 6, "lite0": 6}
 DATA = ("digits", "animals", "cifar10")
 BUDGETS = ("0.1%", "0.5%")
 CONTENDERS = ("head_only", "full", "uniform_lora", "uniform_core", "single_method", "spt_lora", "random_mix")
@@ -96,35 +97,34 @@ def at(study: Study, scale: float, epochs: int) -> Study:
 def choose(runner: Runner, study: Study, group: Group) -> Chosen:
     """The variant and rate of lowest negative log-likelihood on the outer split after a third of the epochs."""
     short = max(1, study.train.epochs // 3)
-    tried: dict[str, dict[str, float]] = {}
-    best: tuple[float, Candidate, Study, float] | None = None
+    found: dict[str, dict[float, float]] = {candidate.name: {} for candidate in group.candidates}
     samples = 0
-    for candidate in group.candidates:
-        base = candidate.under(study)
-        found: dict[float, float] = {}
 
-        def attempt(scale: float, base: Study = base, candidate: Candidate = candidate, found: Any = found) -> None:
-            nonlocal samples
+    def attempt(candidate: Candidate, scale: float) -> float:
+        nonlocal samples
+        if scale not in found[candidate.name]:
             label = f"{candidate.name}, learning rate x{scale:.3g}"
-            entry = runner.train(at(base, scale, short), candidate.allocation, label=label)
+            entry = runner.train(at(candidate.under(study), scale, short), candidate.allocation, label=label)
             samples += entry.sample_epochs
-            found[scale] = entry.outcome.metrics["nll"] if entry.outcome.status == "done" else float("inf")
+            done = entry.outcome.status == "done"
+            found[candidate.name][scale] = entry.outcome.metrics["nll"] if done else float("inf")
+        return found[candidate.name][scale]
 
-        # The head's rate is the same everywhere, so that a plan of nothing has none to tune.
-        scales = (1.0,) if group.name == "head only" else SCALES
-        for scale in scales:
-            attempt(scale)
-        for _ in range(EXTENSIONS if len(scales) > 1 else 0):
-            least = min(found, key=lambda s: found[s])
-            if least not in (min(found), max(found)):
-                break
-            attempt(least / STEP if least == min(found) else least * STEP)
-        scale = min(found, key=lambda s: found[s])
-        tried[candidate.name] = {f"{s:.3g}": round(v, 5) for s, v in sorted(found.items())}
-        if best is None or found[scale] < best[0]:
-            best = (found[scale], candidate, base, scale)
-    assert best is not None
-    return Chosen(best[1], best[2], best[3], best[0], tried, samples)
+    chosen = group.candidates[0]
+    if len(group.candidates) > 1:
+        chosen = min(group.candidates, key=lambda candidate: min(attempt(candidate, scale) for scale in SCREENED))
+    # The head's rate is the same everywhere, so that a plan of nothing has none to tune.
+    for scale in (1.0,) if group.name == "head only" else SCALES:
+        attempt(chosen, scale)
+    rates = found[chosen.name]
+    for _ in range(EXTENSIONS if len(rates) > 1 else 0):
+        least = min(rates, key=lambda s: rates[s])
+        if least not in (min(rates), max(rates)):
+            break
+        attempt(chosen, least / STEP if least == min(rates) else least * STEP)
+    scale = min(rates, key=lambda s: rates[s])
+    tried = {name: {f"{s:.3g}": round(v, 5) for s, v in sorted(of.items())} for name, of in found.items()}
+    return Chosen(chosen, chosen.under(study), scale, rates[scale], tried, samples)
 
 
 def packed(correct: np.ndarray) -> str:
