@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import COLUMNS, HERE, MEMORY, QUALITY, REPORTED, SEEDS, say, study_of, tuned
+from run import COLUMNS, HERE, MEMORY, QUALITY, SEEDS, say, study_of, tested, tuned
 from scipy.stats import spearmanr
 from torch import nn
 
 from autopeft.allocation.gain import GainPolicy
 from autopeft.allocation.knapsack import Knapsack
-from autopeft.config.decode import load_study
 from autopeft.config.study import Study
 from autopeft.core.allocation import Allocation
 from autopeft.core.goals import Goals
@@ -147,25 +146,10 @@ def trained(runner: Runner, study: Study, prices: Sequence[float]) -> tuple[dict
 def finals(prepared: Prepared, runner: Runner, picked: Mapping[str, tuple[Study, Allocation]]) -> dict[str, Any]:
     """Three seeds, measured on the test split, which is opened here."""
     prepared.task.unseal_test()
-    rows: dict[str, dict[str, Any]] = {}
-    for name, (one, plan) in picked.items():
-        reported = dataclasses.replace(one, reward=load_study([], {"reward": REPORTED}).reward)
-        entries = [
-            runner.train(
-                reported,
-                plan,
-                label=f"{name}, seed {seed}",
-                seed=seed,
-                splits=("inner",),
-                measure="test",
-                stage="finish",
-            )
-            for seed in SEEDS
-        ]
-        rows[name] = {"parameters": plan.trainable}
-        for column in COLUMNS:
-            rows[name][column] = [round(entry.outcome.metrics[column], 4) for entry in entries]
-    return rows
+    return {
+        name: {"parameters": plan.trainable} | tested(runner, one, [plan] * len(SEEDS), name)
+        for name, (one, plan) in picked.items()
+    }
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,18 @@ def tuned(runner: Runner, study: Study, plan: Allocation, name: str) -> tuple[St
     return chosen, {"lr_scale": best, "outer_by_scale": outer}
 
 
+def tested(runner: Runner, study: Study, plans: Sequence[Allocation], name: str) -> dict[str, list[float]]:
+    """What is reported of a contender, one number per seed; the test split must be open. One plan per seed."""
+    reported = dataclasses.replace(study, reward=load_study([], {"reward": REPORTED}).reward)
+    entries: list[Entry] = [
+        runner.train(
+            reported, plan, label=f"{name}, seed {seed}", seed=seed, splits=("inner",), measure="test", stage="finish"
+        )
+        for seed, plan in zip(SEEDS, plans, strict=True)
+    ]
+    return {c: [round(entry.outcome.metrics[c], 4) for entry in entries] for c in (*COLUMNS, "kid_error")}
+
+
 def chosen_masks(trials: list[Trial], most: float) -> dict[str, Trial]:
     """The knee of the front, and the best quality that memorises at most so much."""
     names, directions, rewards = (QUALITY, MEMORY), ("minimize", "minimize"), [t.rewards for t in trials]
@@ -243,22 +255,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
     prepared.task.unseal_test()
     for name, (one, plans) in reversed(final.items()) if args.reverse else final.items():
-        reported = dataclasses.replace(one, reward=load_study([], {"reward": REPORTED}).reward)
-        entries: list[Entry] = [
-            runner.train(
-                reported,
-                plan,
-                label=f"{name}, seed {seed}",
-                seed=seed,
-                splits=("inner",),
-                measure="test",
-                stage="finish",
-            )
-            for seed, plan in zip(SEEDS, plans, strict=True)
-        ]
-        for column in COLUMNS:
-            rows[name][column] = [round(entry.outcome.metrics[column], 4) for entry in entries]
-        rows[name]["kid_error"] = [round(entry.outcome.metrics["kid_error"], 4) for entry in entries]
+        rows[name] |= tested(runner, one, plans, name)
     return {
         "settings": {
             "epochs": args.epochs,
