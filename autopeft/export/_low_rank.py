@@ -84,9 +84,9 @@ def why_not_low_rank(model: nn.Module, adapter: Adapter) -> str:
     """Why one adapter is no low-rank change of a plain Linear or Conv2d; empty when it is."""
     if adapter.low_rank() is None:
         return "no low-rank change"
-    if adapter.form not in ("branch", "stand_in"):
-        return "its host is not linear in its weight"
     if adapter.site.groups > 1:
         return "a convolution in groups"
+    if adapter.form not in ("branch", "stand_in"):
+        return "its host is not linear in its weight"
     dilation = getattr(model.get_submodule(adapter.site.module), "dilation", (1,))
     return "a dilated convolution" if any(d != 1 for d in dilation) else ""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from autopeft.core.site import Site
 from autopeft.errors import UsageError
-from autopeft.methods._host import is_plain
 from autopeft.methods._low_rank import LowRankAdapter
 
 __all__ = ["DiagonalAdapter", "diagonal_energies"]
@@ -27,8 +26,7 @@ class DiagonalAdapter(LowRankAdapter):
 
     def __init__(self, site: Site, host: nn.Module, rank: int) -> None:
         thin = 2 * rank * (site.in_features + site.out_features) < site.n_weight
-        super().__init__(site, "branch" if thin and is_plain(host) else "swap")
-        self.keep_geometry(host)
+        super().__init__(site, host, thin=thin)
 
     def keep_bases(self, like: Tensor, left: Tensor, right: Tensor) -> None:
         """Copy the bases to the device and dtype of `like`."""

@@ -6,22 +6,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopeft.core.site import Site
-from autopeft.methods.base import Adapter, Form
+from autopeft.methods._host import is_plain
+from autopeft.methods.base import Adapter
 
 __all__ = ["LowRankAdapter"]
 
 
 class LowRankAdapter(Adapter):
-    """An adapter whose weight change factors into (out_features, r) times (r, in_features)."""
+    """An adapter whose weight change factors into (out_features, r) times (r, in_features).
 
-    def __init__(self, site: Site, form: Form) -> None:
-        super().__init__(site, ("weight",), form)
+    It is a branch where that is the same thing and cheap. In a convolution in groups every group would have r hidden
+    channels of its own, many times the work of a depthwise host: its weight is swapped for the changed one instead.
+    """
+
+    def __init__(self, site: Site, host: nn.Module, *, thin: bool = True) -> None:
+        super().__init__(site, ("weight",), "branch" if thin and site.groups == 1 and is_plain(host) else "swap")
         self._stride: tuple[int, ...] = ()
         self._padding: tuple[int, ...] | str = ()
         self._dilation: tuple[int, ...] = ()
-
-    def keep_geometry(self, host: nn.Module) -> None:
-        """Remember stride, padding and dilation of a convolution; nothing for a Linear."""
         if isinstance(host, nn.Conv2d):
             self._stride, self._padding, self._dilation = host.stride, host.padding, host.dilation
 

@@ -16,7 +16,7 @@ from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site
 from autopeft.errors import UsageError
-from autopeft.methods._host import is_plain, new_parameter
+from autopeft.methods._host import new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._quantiser import Quantiser, bit_cost, check_bits
 from autopeft.methods._sizes import check_size
@@ -42,8 +42,8 @@ class BitLoRA(LowRankSized):
     Attributes:
         bits: bits per entry, 1 to 8.
         scale: the factor s of the paper, the same at every rank.
-        dropout: share of the r hidden values that training drops, 0.1 in the released code. Hosts that do not compute
-            the plain product have no hidden values; they train without.
+        dropout: share of the r hidden values that training drops, 0.1 in the released code. Convolutions in groups and
+            hosts that do not compute the plain product have no hidden values; they train without.
     """
 
     bits: int = 1
@@ -91,7 +91,7 @@ class BitLoRAAdapter(LowRankAdapter):
     """Factors `A` (r, in_features) and `B` (out_features, r), which act as their codes; stored as codes."""
 
     def __init__(self, site: Site, host: nn.Module, rank: int, method: BitLoRA, generator: torch.Generator) -> None:
-        super().__init__(site, "branch" if is_plain(host) else "swap")
+        super().__init__(site, host)
         start = torch.empty(rank, site.in_features)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         self.A = new_parameter(host, start)
@@ -101,7 +101,6 @@ class BitLoRAAdapter(LowRankAdapter):
         self.scale = method.scale
         self.dropout = method.dropout
         self.quantiser = Quantiser(method.bits).to(self.A.device)
-        self.keep_geometry(host)
 
     def branch(self, x: Tensor) -> Tensor:
         """As the base class says, at rank r in both products."""

@@ -27,7 +27,7 @@ from autopeft.methods._core_shapes import (
     shape_energies,
     shape_sizes,
 )
-from autopeft.methods._host import host_tensor, is_plain, new_parameter
+from autopeft.methods._host import host_tensor, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size
 from autopeft.methods._spectrum import squared_singular_values
@@ -207,13 +207,12 @@ class CoreAdapter(LowRankAdapter):
     V: Tensor
 
     def __init__(self, site: Site, host: nn.Module, u: Tensor, v: Tensor, extent: Extent, *, stored: bool) -> None:
-        super().__init__(site, "branch" if is_plain(host) else "swap")
+        super().__init__(site, host)
         self._block = extent.block
         self.M = new_parameter(host, torch.zeros(extent.rows, extent.block or extent.columns))
         self.register_buffer("U", u.to(self.M, copy=True), persistent=stored)
         self.register_buffer("V", v.to(self.M, copy=True), persistent=stored)
         self.recomputed = frozenset() if stored else frozenset({"U", "V"})
-        self.keep_geometry(host)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """`(down, up)`: M joins one side, so that both products have the smaller rank."""

@@ -15,7 +15,7 @@ from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
-from autopeft.methods._host import is_plain, new_parameter
+from autopeft.methods._host import new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size, half_octaves
 from autopeft.methods._traits import ChoosesNothing
@@ -115,14 +115,13 @@ class FLoRAAdapter(LowRankAdapter):
         start: FactorStart,
         generator: torch.Generator,
     ) -> None:
-        super().__init__(site, "branch" if is_plain(host) else "swap")
+        super().__init__(site, host)
         self.core = new_parameter(host, torch.zeros(*ranks))
         self.factors = nn.ParameterList()
         for n, r in zip(site.shape, ranks, strict=True):
             spread = 0.02 if start == "normal" else math.sqrt(1 / (2 * r))
             self.factors.append(new_parameter(host, spread * torch.randn(n, r, generator=generator)))
         self.scale = scale
-        self.keep_geometry(host)
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         """Core and all factors but the first as a matrix (r_1, in_features), and the scaled first factor."""

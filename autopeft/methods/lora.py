@@ -14,7 +14,7 @@ from autopeft.core.budget import Cost
 from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site
-from autopeft.methods._host import is_plain, new_parameter
+from autopeft.methods._host import new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._scaling import Scaling, lora_scale
 from autopeft.methods._sizes import check_size
@@ -73,13 +73,12 @@ class LoRAAdapter(LowRankAdapter):
     """Factors `A` (r, in_features) and `B` (out_features, r), and a fixed scale."""
 
     def __init__(self, site: Site, host: nn.Module, rank: int, scale: float, generator: torch.Generator) -> None:
-        super().__init__(site, "branch" if is_plain(host) else "swap")
+        super().__init__(site, host)
         start = torch.empty(rank, site.in_features)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         self.A = new_parameter(host, start)
         self.B = new_parameter(host, torch.zeros(site.out_features, rank))
         self.scale = scale
-        self.keep_geometry(host)
 
     def branch(self, x: Tensor) -> Tensor:
         """As the base class says, at rank r in both products."""

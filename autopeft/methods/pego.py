@@ -15,7 +15,7 @@ from autopeft.core.menu import Option
 from autopeft.core.scores import Evidence
 from autopeft.core.site import Site, Slot
 from autopeft.errors import UsageError
-from autopeft.methods._host import host_tensor, is_plain, new_parameter, rows_of
+from autopeft.methods._host import host_tensor, new_parameter, rows_of
 from autopeft.methods._l1 import L1OfProduct
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size, powers_of_two
@@ -99,7 +99,7 @@ class PEGOAdapter(LowRankAdapter):
     def __init__(
         self, site: Site, host: nn.Module, members: int, rank: int, strength: float, generator: torch.Generator
     ) -> None:
-        super().__init__(site, "branch" if is_plain(host) else "swap")
+        super().__init__(site, host)
         start = torch.empty(members * rank, site.in_features)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         self.A = new_parameter(host, start)
@@ -108,7 +108,6 @@ class PEGOAdapter(LowRankAdapter):
         self.strength = strength
         weight = rows_of(site, host_tensor(site, host, site.parameter)).detach().flatten(1)
         self.register_buffer("frozen", weight, persistent=False)
-        self.keep_geometry(host)
 
     def branch(self, x: Tensor) -> Tensor:
         """As the base class says, all members in both products."""

@@ -18,7 +18,7 @@ from autopeft.errors import UsageError
 from autopeft.methods._chosen import best_entries
 from autopeft.methods._competition import Clock, Competing, Importance, check_clock, cubic
 from autopeft.methods._grouped import Grouped, member_signal
-from autopeft.methods._host import is_plain, new_parameter
+from autopeft.methods._host import new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._scaling import lora_scale
 from autopeft.methods._sizes import check_size, powers_of_two
@@ -235,14 +235,13 @@ class RankPoolAdapter(LowRankAdapter):
         number: int,
         generator: torch.Generator,
     ) -> None:
-        super().__init__(site, "branch" if is_plain(host) else "swap")
+        super().__init__(site, host)
         self._shared = (shared,)
         self.number, self.scale = number, scale
         n, out = site.in_features, site.out_features
         self.P = new_parameter(host, torch.randn(out, ranks, generator=generator) / math.sqrt(out))
         self.L = new_parameter(host, torch.zeros(ranks))
         self.Q = new_parameter(host, torch.randn(ranks, n, generator=generator) / math.sqrt(n))
-        self.keep_geometry(host)
 
     def numbers(self) -> Tensor:
         """L with zeros for triples that take no part; they keep their gradient until the shares are settled."""

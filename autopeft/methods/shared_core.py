@@ -16,7 +16,7 @@ from autopeft.core.scores import Evidence
 from autopeft.core.site import Site
 from autopeft.methods._bases import LARGEST_RANK, top_singular
 from autopeft.methods._grouped import Grouped, member_evidence, member_signal
-from autopeft.methods._host import host_tensor, is_plain, new_parameter
+from autopeft.methods._host import host_tensor, new_parameter
 from autopeft.methods._low_rank import LowRankAdapter
 from autopeft.methods._sizes import check_size
 from autopeft.methods.base import Role, Shared
@@ -112,12 +112,11 @@ class SharedCoreAdapter(LowRankAdapter):
     V: Tensor
 
     def __init__(self, site: Site, host: nn.Module, shared: SharedCoreShared, number: int) -> None:
-        super().__init__(site, "branch" if is_plain(host) else "swap")
+        super().__init__(site, host)
         self._shared, self._number = (shared,), number
         u, v = top_singular(host_tensor(site, host, site.parameter), site.rows, len(shared.M))
         self.register_buffer("U", u.to(shared.M, copy=True), persistent=False)
         self.register_buffer("V", v.to(shared.M, copy=True), persistent=False)
-        self.keep_geometry(host)
 
     def _core(self) -> Tensor:
         return self._shared[0].core(self._number)
