@@ -15,7 +15,7 @@ from autopeft.allocation._problem import Problem
 from autopeft.allocation._selectors import Selectors
 from autopeft.core.allocation import Allocation, Provenance
 from autopeft.core.budget import Budget
-from autopeft.core.menu import Menu
+from autopeft.core.menu import Menu, Option
 from autopeft.errors import InfeasibleBudget, UsageError
 
 __all__ = ["Knapsack"]
@@ -134,6 +134,14 @@ class Knapsack:
     def plain(self) -> bool:
         """Whether it is held to nothing but the budget."""
         return self == Knapsack(gap=self.gap, time_limit=self.time_limit, curve=self.curve)
+
+    def offered(self, menu: Menu) -> tuple[Option, ...]:
+        """The options that `forbid` and `max_size` leave.
+
+        Raises:
+            UsageError: when `forbid` names what is not on the menu.
+        """
+        return _rules.offered(menu, self, Selectors(menu))
 
     def keeps(self, menu: Menu, plan: Allocation) -> bool:
         """Whether a plan of whatever origin keeps the side constraints and the menu's caps.

@@ -23,6 +23,8 @@ from autopeft.methods.core import Core, CoreAdapter
 from autopeft.methods.lora import LoRA, LoRAAdapter
 from autopeft.pipeline.finish import Finalist, paired_interval
 from autopeft.pipeline.phases import FirstPhase, Trained, train_first
+from autopeft.pipeline.prices import every_option
+from autopeft.pipeline.targets import is_constrained, limited_menus
 from autopeft.store.atomic import read_json, write_json
 from autopeft.training.handover import retained
 from autopeft.training.threads import thread_count
@@ -114,7 +116,7 @@ def repack_plan(
 
     Every LoRA and core keeps the smallest size that holds a share of its trained change. The trained change is merged,
     the study's scorer looks at the merged model, and the knapsack spends what is left on larger sizes of what is there
-    (at the difference of gain and cost) and on free places. Everything else stays as it is.
+    (at the difference of gain and cost) and on free places, of what the side constraints offer. Everything else stays.
 
     Args:
         prepared: model, task and budget.
@@ -128,6 +130,7 @@ def repack_plan(
 
     Raises:
         ExportError: when the first plan cannot be merged.
+        InfeasibleBudget: when what this ends with does not keep the side constraints.
         TrainingFailed: when the first phase diverges.
     """
     trained = train_first(prepared, study, first, seed=study.seed, folder=folder, splits=("inner",))
@@ -184,12 +187,13 @@ def _packed(prepared: Prepared, study: Study, first: Allocation, kept: Mapping[s
         stay[option.key] = option if size == option.size else dataclasses.replace(option, size=size, cost=cost)
     left = budget.limit - sum(o.cost.of(budget.unit) for o in stay.values())
     menu = build_menu(catalog, methods, scores, study.gain, fused=study.fused, budget=budget)
+    rules = _Rules(prepared, study)
     priced = {(o.site, o.method, o.size): o for o in menu}
     taken = {place for o in stay.values() for place in o.places}
     offered: list[Option] = []
     for option in menu:
         site = menu.sites[option.site]
-        if study.mergeable and not methods[option.method].mergeable(site):
+        if (study.mergeable and not methods[option.method].mergeable(site)) or not rules.offers(option):
             continue
         now = stay.get(option.key)
         if now is None:
@@ -212,7 +216,31 @@ def _packed(prepared: Prepared, study: Study, first: Allocation, kept: Mapping[s
         whole = priced[option.site, option.method, option.size]
         stay[option.key] = dataclasses.replace(whole, gain=option.gain, memory=option.memory)
     plan = Allocation(tuple(stay.values()), budget, Provenance("repack", scores.origin.scorer))
+    if not rules.kept(plan):
+        raise InfeasibleBudget("what training has shown leads to a plan that does not keep the side constraints")
     return attach_indices(plan, methods, scores, menu.sites)
+
+
+class _Rules:
+    """The study's side constraints, on what every option costs: what was bought may gain nothing any more."""
+
+    def __init__(self, prepared: Prepared, study: Study) -> None:
+        held = study.allocator if isinstance(study.allocator, Knapsack) and is_constrained(study) else None
+        self._held = held
+        self._menus = limited_menus(prepared, study, every_option(prepared, study)) if held is not None else ()
+        self._offered = {_ident(o) for menu in self._menus for o in held.offered(menu)} if held is not None else set()
+
+    def offers(self, option: Option) -> bool:
+        """Whether any plan may have the option."""
+        return self._held is None or _ident(option) in self._offered
+
+    def kept(self, plan: Allocation) -> bool:
+        """Whether this plan keeps all of them."""
+        return self._held is None or any(self._held.keeps(menu, plan) for menu in self._menus)
+
+
+def _ident(option: Option) -> tuple[str, str, int]:
+    return option.site, option.method, option.size
 
 
 def _nested(study: Study, option: Option) -> bool:

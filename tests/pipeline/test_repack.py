@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autopeft.allocation.indices import attach_indices
+from autopeft.allocation.knapsack import Knapsack
 from autopeft.allocation.random import RandomMix
 from autopeft.core.allocation import Allocation
 from autopeft.core.outcome import Outcome
-from autopeft.errors import CorruptFile, Preempted, UsageError
+from autopeft.errors import CorruptFile, InfeasibleBudget, Preempted, UsageError
 from autopeft.methods.core import CoreAdapter
 from autopeft.methods.lora import LoRAAdapter
 from autopeft.pipeline import repack as module
@@ -191,6 +192,29 @@ def test_short_trainings_empty_plans_and_time_limits_are_left_alone(prepared, st
         assert wants_repacking(dataclasses.replace(three, search=search)) == wanted
     with pytest.raises(UsageError, match=r"search\.repack must be auto or off"):
         dataclasses.replace(three.search, repack="on")
+
+
+def test_the_second_plan_keeps_the_side_constraints(prepared, three, first, second):
+    """Without them it buys methods that they forbid."""
+    mine = {o.method for o in first.allocation}
+    forbidden = tuple(f"method:{key}" for key in three.methods if key not in mine)
+    assert {o.method for o in second[0]} - mine
+    held = dataclasses.replace(three, allocator=Knapsack(forbid=forbidden))
+    plan, _ = repack_plan(prepared, held, first, share=SHARE)
+    assert plan.digest != first.allocation.digest
+    assert {o.method for o in plan} <= mine
+    assert plan.spent <= prepared.budget.limit
+
+
+def test_a_plan_that_cannot_keep_them_is_not_packed_again(prepared, three, first, tmp_path):
+    held = dataclasses.replace(three, allocator=Knapsack(max_options=1))
+    assert len(first.allocation) > 1
+    with pytest.raises(InfeasibleBudget, match="does not keep the side constraints"):
+        repack_plan(prepared, held, first, share=SHARE)
+    runner = Scripted(prepared, Ledger(tmp_path / "ledger"), silent)
+    found = repack(runner, Finalist("a", 0, "trial", held, first.allocation), tmp_path / "repack")
+    assert found.finalist is None
+    assert "side constraints" in found.reason
 
 
 def test_a_first_phase_leaves_something_to_train(prepared, three, first):
