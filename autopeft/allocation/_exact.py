@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ __all__ = ["second", "solve"]
 
 _TOLERANCE = 1e-12
 """Relative difference of gains that counts as equal."""
+
+_SETS = 70
+"""Sets of methods that are packed one by one; with more of them, HiGHS decides which methods to use."""
 
 
 def solve(problem: Problem, limit: int, gap: float, seconds: float) -> MilpPacking | None:
@@ -36,6 +40,10 @@ def solve(problem: Problem, limit: int, gap: float, seconds: float) -> MilpPacki
         found = _dynamic(problem, problem.gains, limit, gap, seconds)
         if found is not None and (problem.plain or problem.keeps(found.chosen)):
             return found
+        if found is not None and problem.counts_methods_alone:
+            found = _by_methods(problem, limit, gap, deadline)
+            if found is not None:
+                return found
     return problem.solve(limit, gap, max(deadline - time.perf_counter(), 1e-3))
 
 
@@ -76,6 +84,28 @@ def _dynamic(problem: Problem, gains: Any, limit: int, gap: float, seconds: floa
     if hubs is None:
         return None
     return MilpPacking(hubs.chosen, math.fsum(gains[list(hubs.chosen)].tolist()), hubs.bound, hubs.price)
+
+
+def _by_methods(problem: Problem, limit: int, gap: float, deadline: float) -> MilpPacking | None:
+    """The best plan of at most so many methods: the best one of any such set; None when there are too many sets."""
+    method = np.array([b.option.method for b in problem.bundles])
+    known = sorted(set(method[problem.gains > 0].tolist()))
+    most = min(problem.max_methods or 0, len(known))
+    if math.comb(len(known), most) > _SETS:
+        return None
+    best: MilpPacking | None = None
+    bound = 0.0
+    for keys in combinations(known, most):
+        gains = np.where(np.isin(method, keys), problem.gains, 0.0)
+        found = _dynamic(problem, gains, limit, gap, max(deadline - time.perf_counter(), 1e-3))
+        if found is None:
+            return None
+        bound = max(bound, found.bound)
+        better = best is None or found.value > best.value + _TOLERANCE * abs(best.value)
+        level = best is not None and abs(found.value - best.value) <= _TOLERANCE * abs(best.value)
+        if better or (level and best is not None and found.chosen < best.chosen):
+            best = found
+    return None if best is None else MilpPacking(best.chosen, best.value, max(bound, best.value), best.price)
 
 
 def _picked(groups: Sequence[Group], packing: _mckp.Packing) -> tuple[int, ...]:

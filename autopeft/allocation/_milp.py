@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,12 @@ _SCALE = 1e4
 """The objective is scaled to this size: HiGHS stops at an absolute gap of 1e-6, which must mean nothing."""
 
 _ATTEMPTS = 8
+
+_FEW = 200
+"""Programmes with no more whole columns are solved as they are, and that many are open to find a first solution."""
+
+_ROOM = 1e-9
+"""Relative room for rounding before a column is fixed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,28 +120,25 @@ class Programme:
         Raises:
             UsageError: when the time is over before anything was found.
         """
-        import scipy.optimize
         import scipy.sparse
 
-        # Any, with and without scipy's stubs installed: they reject arrays that scipy accepts.
-        solvers: Any = scipy.optimize
         worth = np.array(self.worth)
         if len(worth) == 0:
             kept = all(limit >= 0 for limit in self._limits)
             return MilpPacking((), 0.0, 0.0, 0.0) if kept else None
-        bounds = solvers.Bounds(np.array(self._least), np.array(self._most))
         scale = _SCALE / max(float(np.abs(worth).max()), 1e-300)
-        settings = {"mip_rel_gap": gap, **({"time_limit": seconds} if math.isfinite(seconds) else {})}
+        deadline = time.perf_counter() + seconds
         for _ in range(_ATTEMPTS):
-            matrix, upper = self._matrix(scipy.sparse), np.array(self._limits)
-            with quiet_stdout():
-                found = solvers.milp(
-                    -worth * scale,
-                    constraints=solvers.LinearConstraint(matrix, ub=upper),
-                    integrality=np.array(self._whole, dtype=np.int64),
-                    bounds=bounds,
-                    options=settings,
-                )
+            model = _Model(
+                -worth * scale,
+                self._matrix(scipy.sparse),
+                np.array(self._limits),
+                np.array(self._least),
+                np.array(self._most),
+                np.array(self._whole),
+            )
+            linear = model.relaxed()
+            found = model.solved(linear, gap, deadline)
             if found.status == 2:
                 return None
             if found.x is None:
@@ -151,13 +155,8 @@ class Programme:
             raise AutopeftError(f"HiGHS kept exceeding the limits on {self.n} options, by {excess:g} at last")
         value = self.value(chosen)
         bound = -float(found.mip_dual_bound) / scale
-        price = 0.0
-        if budget is not None:
-            with quiet_stdout():
-                linear = solvers.linprog(
-                    -worth * scale, A_ub=matrix, b_ub=upper, bounds=np.stack((bounds.lb, bounds.ub), 1)
-                )
-            price = -float(linear.ineqlin.marginals[budget]) / scale if linear.status == 0 else 0.0
+        priced = budget is not None and linear.status == 0
+        price = -float(linear.ineqlin.marginals[budget]) / scale if priced else 0.0
         if found.status == 0 and bound - value <= 1e-9 * max(abs(bound), abs(value)):
             bound = value
         return MilpPacking(tuple(chosen.tolist()), value, max(bound, value), max(price, 0.0))
@@ -168,6 +167,68 @@ class Programme:
         column = np.concatenate([np.empty(0, np.int64), *self._columns])
         value = np.concatenate([np.empty(0), *self._values])
         return sparse.csr_array((value, (row, column)), shape=(len(sizes), len(self.worth)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """Least `objective @ x` with `matrix @ x <= upper` and `low <= x <= high`, some columns whole numbers."""
+
+    objective: Any
+    matrix: Any
+    upper: Any
+    low: Any
+    high: Any
+    whole: Any
+
+    def relaxed(self) -> Any:
+        """The linear relaxation, with its reduced costs."""
+        with quiet_stdout():
+            return _solvers().linprog(
+                self.objective, A_ub=self.matrix, b_ub=self.upper, bounds=np.stack((self.low, self.high), 1)
+            )
+
+    def solved(self, linear: Any, gap: float, deadline: float) -> Any:
+        """The programme itself, on the columns that the relaxation leaves open.
+
+        The relaxation and the reduced cost of a column bound what any solution with that column moved off its bound can
+        reach; where a solution is known that is better, the column stays. One is sought among the columns that the
+        relaxation is least decided about.
+        """
+        whole, price = self.whole, linear.lower.marginals + linear.upper.marginals if linear.status == 0 else None
+        if price is None or whole.sum() <= _FEW:
+            return self._run(self.low, self.high, gap, deadline)
+        bent = self._fixed(linear.x, np.abs(price), np.partition(np.abs(price)[whole], _FEW)[_FEW])
+        known = self._run(*bent, 0.0, deadline)
+        if known.x is None:
+            return self._run(self.low, self.high, gap, deadline)
+        room = known.fun - linear.fun
+        return self._run(*self._fixed(linear.x, np.abs(price), room + _ROOM * abs(linear.fun)), gap, deadline)
+
+    def _fixed(self, x: Any, price: Any, room: float) -> tuple[Any, Any]:
+        """Bounds with whole columns whose reduced cost is above `room` held where the relaxation has them."""
+        held = self.whole & (price > room)
+        at = np.round(x)
+        return np.where(held, at, self.low), np.where(held, at, self.high)
+
+    def _run(self, low: Any, high: Any, gap: float, deadline: float) -> Any:
+        seconds = deadline - time.perf_counter()
+        settings = {"mip_rel_gap": gap, **({"time_limit": max(seconds, 1e-3)} if math.isfinite(seconds) else {})}
+        solvers = _solvers()
+        with quiet_stdout():
+            return solvers.milp(
+                self.objective,
+                constraints=solvers.LinearConstraint(self.matrix, ub=self.upper),
+                integrality=self.whole.astype(np.int64),
+                bounds=solvers.Bounds(low, high),
+                options=settings,
+            )
+
+
+def _solvers() -> Any:
+    """`scipy.optimize`, untyped: its stubs reject arrays that it accepts."""
+    import scipy.optimize
+
+    return scipy.optimize
 
 
 @contextlib.contextmanager

@@ -51,6 +51,11 @@ class Problem:
         return self.linear and not self.rows and self.max_methods is None and not self.caps
 
     @property
+    def counts_methods_alone(self) -> bool:
+        """Whether the number of methods is all that is held besides the budget."""
+        return self.linear and not self.rows and self.max_methods is not None and not self.caps
+
+    @property
     def linear(self) -> bool:
         """Whether the objective is the sum of the gains."""
         return self.curve == 1.0

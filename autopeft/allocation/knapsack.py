@@ -30,7 +30,8 @@ class Knapsack:
 
     Without side constraints: dominance, linear bound, reduced-cost fixing and dynamic programming on the core
     (`_mckp`), one such problem per decision about the options that interlock many others (`_hubs`). With side
-    constraints that this plan does not keep anyway, or when there are too many such decisions: scipy's HiGHS. Plans of
+    constraints that this plan does not keep anyway, or when there are too many such decisions: scipy's HiGHS, on the
+    columns that reduced costs leave open; a limit on methods alone: every set of them, where these are few. Plans of
     equal gain break by the options' canonical order, never by the order they were given in. The result is the same on
     every call unless `time_limit` strikes. The menu's caps are kept too.
 

@@ -207,6 +207,27 @@ def test_constraints_equal_every_plan() -> None:
     assert min(seen["solved"] / 90, seen["infeasible"] / 3, seen["binding"] / 40) >= 1, seen
 
 
+def few_columns(monkeypatch: pytest.MonkeyPatch, few: int = 3) -> None:
+    """Small menus too are fixed by reduced costs, and HiGHS decides on methods."""
+    monkeypatch.setattr(_milp, "_FEW", few)
+    monkeypatch.setattr(_exact, "_SETS", 0)
+
+
+@pytest.mark.parametrize("few", [1, 3])
+def test_fixed_columns_change_nothing(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_columns(monkeypatch, few)
+    seen = check_constraints(range(126))
+    assert min(seen["solved"] / 90, seen["infeasible"] / 3, seen["binding"] / 40) >= 1, seen
+    assert check_curves(range(27)) > 3
+
+
+def test_fixing_too_much_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_columns(monkeypatch)
+    monkeypatch.setattr(_milp, "_ROOM", -0.2)
+    with pytest.raises((AssertionError, AutopeftError)):
+        check_constraints(range(126))
+
+
 def test_any_plan_is_judged_as_a_person_judges_it() -> None:
     """`every_block` excepted, which `allowed` leaves out."""
     seen: Counter[bool] = Counter()
