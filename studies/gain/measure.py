@@ -6,8 +6,8 @@ ASSETS holds the files that `studies/assets/convert.py` makes. Options are drawn
 turn from bands of price and families of methods, so that prices within a band compare. Each is trained once at each
 learning rate, with the seed, the order and the head that the head alone has, and at half a decade more for as long as
 the largest rate is the best, twice at most; its gain is the decrease of the negative log-likelihood on the outer split,
-at the rate that gives the largest. The test split stays sealed. Writes one file per
-cell, `CELL.json`; trainings that the ledger holds are not repeated.
+at the rate that gives the largest, in all and shard by shard of that split. The test split stays sealed. Writes one
+file per cell, `CELL.json`; trainings that the ledger holds are not repeated.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from pathlib import Path
 from cells import BANDS, CELLS, Cell, alone, band_of, sampled
 
 from autopeft.core.allocation import Allocation
-from autopeft.core.outcome import Outcome
 from autopeft.pipeline.events import Event
 from autopeft.pipeline.facts import environment_facts
-from autopeft.pipeline.ledger import Ledger
+from autopeft.pipeline.ledger import Entry, Ledger
 from autopeft.pipeline.prepare import prepare
 from autopeft.pipeline.runner import Runner
 from autopeft.store.atomic import write_json
@@ -35,30 +34,34 @@ def say(event: Event) -> None:
     print(event.text, flush=True)
 
 
+def gain(head: Entry, entry: Entry) -> float:
+    """Decrease of the negative log-likelihood on the outer split."""
+    return head.outcome.metrics["nll"] - entry.outcome.metrics["nll"]
+
+
 def measured(cell: Cell, assets: Path, output: Path, count: int, seed: int) -> None:
     study = cell.study(assets)
     prepared = prepare(study, output / "ledger" / cell.name.replace(" ", "_"))
     runner = Runner(prepared, Ledger(output / "ledger"), say)
     families = {key: method.family for key, method in study.methods.items()}
     limit = prepared.budget.limit
-    head = runner.train(study, Allocation((), prepared.budget), label=f"{cell.name}: head only").outcome
+    head = runner.train(study, Allocation((), prepared.budget), label=f"{cell.name}: head only")
     rows = []
     for option in sampled(prepared.energies(study).options, families, limit, count, seed):
         plan = alone(prepared, option)
-        done: dict[float, Outcome] = {}
-
+        done: dict[float, Entry] = {}
         scales = list(cell.scales)
         for scale in scales:
             one = dataclasses.replace(study, train=dataclasses.replace(study.train, lr_scale=scale))
-            outcome = runner.train(one, plan, label=f"{option.key} {option.size} x{scale:.3g}").outcome
-            if outcome.status == "done":
-                done[scale] = outcome
-            is_best = scale in done and min(done, key=lambda s: done[s].metrics["nll"]) == scale
+            entry = runner.train(one, plan, label=f"{option.key} {option.size} x{scale:.3g}")
+            if entry.outcome.status == "done":
+                done[scale] = entry
+            is_best = scale in done and max(done, key=lambda s: gain(head, done[s])) == scale
             if is_best and scale == scales[-1] and len(scales) < len(cell.scales) + EXTENSIONS:
                 scales.append(scale * STEP)
         if not done:
             continue
-        best = min(done, key=lambda s: done[s].metrics["nll"])
+        best = max(done, key=lambda s: gain(head, done[s]))
         site = prepared.catalog[option.site]
         rows.append(
             {
@@ -70,10 +73,11 @@ def measured(cell: Cell, assets: Path, output: Path, count: int, seed: int) -> N
                 "band": band_of(option.cost.trainable, limit),
                 "role": site.role,
                 "depth": site.depth,
-                "gain": head.metrics["nll"] - done[best].metrics["nll"],
-                "top1_gain": done[best].metrics["top1"] - head.metrics["top1"],
+                "gain": gain(head, done[best]),
+                "top1_gain": done[best].outcome.metrics["top1"] - head.outcome.metrics["top1"],
                 "lr_scale": best,
-                "gain_by_scale": {str(s): head.metrics["nll"] - o.metrics["nll"] for s, o in done.items()},
+                "gain_by_scale": {str(s): gain(head, entry) for s, entry in done.items()},
+                "shard_gains": [a - b for a, b in zip(head.shards, done[best].shards, strict=True)],
             }
         )
     result = {
@@ -82,7 +86,7 @@ def measured(cell: Cell, assets: Path, output: Path, count: int, seed: int) -> N
         "budget": limit,
         "bands": BANDS,
         "sizes": dict(prepared.task.sizes),
-        "head": dict(head.metrics),
+        "head": dict(head.outcome.metrics),
         "environment": environment_facts(prepared),
         "options": rows,
     }
