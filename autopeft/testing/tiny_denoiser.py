@@ -8,9 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["tiny_denoiser", "tiny_pipeline"]
+__all__ = ["denoiser_config", "tiny_denoiser", "tiny_pipeline"]
 
 _SIZE = 8
+
+
+def denoiser_config(**scheduler: Any) -> dict[str, Any]:
+    """What a task is told of a tiny denoiser of gray pixels without a text encoder.
+
+    Args:
+        scheduler: settings of the scheduler besides its 100 steps.
+    """
+    return {
+        "input_size": (1, _SIZE, _SIZE),
+        "interpolation": "bicubic",
+        "mean": (0.5,),
+        "std": (0.5,),
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "diffusion": {
+            "folder": "nowhere",
+            "scheduler": {"num_train_timesteps": 100, **scheduler},
+            "latent": 1,
+            "text": False,
+        },
+    }
 
 
 def tiny_denoiser(kind: str = "unet", labels: int | None = 5, seed: int = 0, channels: int = 1) -> nn.Module:

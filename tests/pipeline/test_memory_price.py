@@ -34,17 +34,9 @@ from autopeft.scoring.calibrated import Calibrated
 from autopeft.scoring.gradient import Gradient
 from autopeft.tasks.denoising import DenoisingTask
 from autopeft.tasks.diffusion import Diffusion
-from autopeft.testing.tiny_denoiser import tiny_denoiser, tiny_pipeline
+from autopeft.testing.tiny_denoiser import denoiser_config, tiny_denoiser, tiny_pipeline
 
-CONFIG: dict[str, Any] = {
-    "input_size": (1, 8, 8),
-    "interpolation": "bicubic",
-    "mean": (0.5,),
-    "std": (0.5,),
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-    "diffusion": {"folder": "nowhere", "scheduler": {"num_train_timesteps": 100}, "latent": 1, "text": False},
-}
+CONFIG = denoiser_config()
 SETTINGS: dict[str, Any] = {
     "task": {"type": "diffusion", "draws": 1, "steps": 2},
     "budget": "2%",

@@ -14,22 +14,9 @@ from autopeft.rewards.joint import Joint
 from autopeft.rewards.noise_difference import NoiseDifference
 from autopeft.tasks.denoising import DenoisingBatch, DenoisingTask
 from autopeft.tasks.diffusion import Diffusion
-from autopeft.testing.tiny_denoiser import tiny_denoiser
+from autopeft.testing.tiny_denoiser import denoiser_config, tiny_denoiser
 
-CONFIG = {
-    "input_size": (1, 8, 8),
-    "interpolation": "bicubic",
-    "mean": (0.5,),
-    "std": (0.5,),
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-    "diffusion": {
-        "folder": "nowhere",
-        "scheduler": {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"},
-        "latent": 1,
-        "text": False,
-    },
-}
+CONFIG = denoiser_config(beta_schedule="squaredcos_cap_v2")
 STEPS, BATCH, PLANTED, REPEAT = 600, 32, 4, 24
 
 

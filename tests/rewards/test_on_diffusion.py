@@ -13,17 +13,9 @@ from autopeft.errors import UsageError
 from autopeft.rewards._copies import amd, extracted
 from autopeft.tasks.denoising import DenoisingTask
 from autopeft.tasks.diffusion import Diffusion
-from autopeft.testing.tiny_denoiser import tiny_denoiser
+from autopeft.testing.tiny_denoiser import denoiser_config, tiny_denoiser
 
-CONFIG: dict[str, Any] = {
-    "input_size": (1, 8, 8),
-    "interpolation": "bicubic",
-    "mean": (0.5,),
-    "std": (0.5,),
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-    "diffusion": {"folder": "nowhere", "scheduler": {"num_train_timesteps": 100}, "latent": 1, "text": False},
-}
+CONFIG = denoiser_config()
 
 
 def opened(data: str = "digits?planted=2&repeat=5", folder: Path | None = None) -> DenoisingTask:

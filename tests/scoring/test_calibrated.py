@@ -49,6 +49,22 @@ def test_hand_worked_finite_step(line: Any) -> None:
         torch.testing.assert_close(found.score, torch.full((1, 2), gain, dtype=torch.float64))
 
 
+class Pulls:
+    """The loss is linear in the outputs: each sample pulls at its own."""
+
+    classes, data_hash = ("a",), "quadratic"
+
+    def __init__(self, images: torch.Tensor, pulls: torch.Tensor) -> None:
+        self.images, self.pulls = images, pulls
+        self.sizes = {"inner": len(images), "outer": 0, "test": 0}
+
+    def batches(self, split: str, seed: int | None = None, batch_size: int | None = None) -> Any:
+        yield from zip(self.images.split(batch_size or 1), self.pulls.split(batch_size or 1), strict=True)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return (model(batch[0]) * batch[1]).sum(1).mean()
+
+
 def test_the_gain_is_the_decrease_of_a_quadratic_loss() -> None:
     """Newton steps on `<G, D> + D^T (L (x) R / tr L) D / 2`: low-rank gains are the true optima, rank by rank.
 
@@ -64,19 +80,10 @@ def test_the_gain_is_the_decrease_of_a_quadratic_loss() -> None:
 
     images, labels = normal(24, 4), normal(24, 3)
 
-    class Task:
-        classes, data_hash, sizes = ("a",), "quadratic", {"inner": 24, "outer": 0, "test": 0}
-
-        def batches(self, split: str, seed: int | None = None, batch_size: int | None = None) -> Any:
-            yield from zip(images.split(batch_size or 1), labels.split(batch_size or 1), strict=True)
-
-        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-            return (model(batch[0]) * batch[1]).sum(1).mean()
-
     scorer = Calibrated(FILE, damping=1e-9, folds=0, reach=1e9, alignment=0.0)
     catalog = Catalog((site,), (), 12, 0, 1)
-    found = scorer.score(model, catalog, Task(), 0)  # type: ignore[arg-type]  # what scoring asks of a task
-    batches = torch.stack([y.T @ x / 2 for x, y in Task().batches("inner", batch_size=2)])
+    found = scorer.score(model, catalog, Pulls(images, labels), 0)  # type: ignore[arg-type]  # what scoring asks of a task
+    batches = torch.stack([y.T @ x / 2 for x, y in Pulls(images, labels).batches("inner", batch_size=2)])
     left, right = 2 * (batches @ batches.mT).mean(0), 2 * (batches.mT @ batches).mean(0)
     gradient = batches.mean(0)
     # The energy that one tensor without a family is given: tr F / 24.
@@ -273,19 +280,10 @@ def test_a_measure_is_seen_in_the_signal_s_coordinates() -> None:
     generator = torch.Generator().manual_seed(0)
     images, labels = (torch.randn(24, n, generator=generator, dtype=torch.float64) for n in (4, 3))
 
-    class Task:
-        classes, data_hash, sizes = ("a",), "quadratic", {"inner": 24, "outer": 0, "test": 0}
-
-        def batches(self, split: str, seed: int | None = None, batch_size: int | None = None) -> Any:
-            yield from zip(images.split(batch_size or 1), labels.split(batch_size or 1), strict=True)
-
-        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-            return (model(batch[0]) * batch[1]).sum(1).mean()
-
     scorer = Calibrated(FILE, power=1.0, damping=1e-9, folds=0, memory="noise_difference")
-    task = measured(Task(), images[:5])
+    task = measured(Pulls(images, labels), images[:5])
     memory = scorer.score(model, Catalog((site,), (), 12, 0, 1), task).evidence["0"]["weight"].memory
-    batches = torch.stack([y.T @ x / 2 for x, y in Task().batches("inner", batch_size=2)])
+    batches = torch.stack([y.T @ x / 2 for x, y in Pulls(images, labels).batches("inner", batch_size=2)])
     left, right = 2 * (batches @ batches.mT).mean(0), 2 * (batches.mT @ batches).mean(0)
     (slope,) = torch.autograd.grad(task.recall(model, (images[:5],)), [model[0].weight])  # type: ignore[list-item]
 

@@ -20,17 +20,9 @@ from autopeft.tasks._noise import fixed_draws
 from autopeft.tasks.denoising import DenoisingBatch, DenoisingTask
 from autopeft.tasks.diffusion import Diffusion
 from autopeft.testing.task_laws import TaskLaws
-from autopeft.testing.tiny_denoiser import tiny_denoiser
+from autopeft.testing.tiny_denoiser import denoiser_config, tiny_denoiser
 
-CONFIG: dict[str, Any] = {
-    "input_size": (1, 8, 8),
-    "interpolation": "bicubic",
-    "mean": (0.5,),
-    "std": (0.5,),
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-    "diffusion": {"folder": "nowhere", "scheduler": {"num_train_timesteps": 100}, "latent": 1, "text": False},
-}
+CONFIG = denoiser_config()
 OPTIONS = {"max_samples": 80, "batch_size": 8}
 
 
