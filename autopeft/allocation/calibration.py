@@ -1,4 +1,4 @@
-"""What predicted energies are worth, from measured gains: the constants of families, and the exponent."""
+"""What predicted energies are worth, from measured gains: constants of families, the exponent, the tilt over depth."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ class MeasuredGain:
         energy: share of the model's energy that the scorer predicted for it (`Energies.values`); positive.
         drop: measured decrease of the validation loss, in nats; may be negative.
         cell: what else it depends on: the model and the task.
+        depth: of its site, from -1 (first block) to 1.
     """
 
     family: str
     energy: float
     drop: float
     cell: tuple[str, str] = ("", "")
+    depth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """`log drop = alpha[family] + beta log energy + shift[cell]`.
+    """`log drop = level + alpha[family] + beta log energy + tilt depth + shift[cell]`.
 
     Attributes:
         alpha: per family, relative to the mean of the families.
@@ -41,6 +43,7 @@ class Fitted:
         level: what is left: the log drop of a mean family in a mean cell at energy 1.
         shift: per cell.
         noise: standard deviation of what is not explained, in nats of log drop.
+        tilt: of the depth; negative values favour the first blocks.
     """
 
     alpha: Mapping[str, float]
@@ -48,11 +51,12 @@ class Fitted:
     level: float
     shift: Mapping[tuple[str, str], float]
     noise: float
+    tilt: float = 0.0
 
-    def predict(self, family: str, energy: float, cell: tuple[str, str] | None = None) -> float:
+    def predict(self, family: str, energy: float, cell: tuple[str, str] | None = None, depth: float = 0.0) -> float:
         """The expected log drop; families and cells that were not fitted count as the mean one."""
         shift = self.shift.get(cell, 0.0) if cell is not None else 0.0
-        return self.level + self.alpha.get(family, 0.0) + self.beta * math.log(energy) + shift
+        return self.level + self.alpha.get(family, 0.0) + self.beta * math.log(energy) + self.tilt * depth + shift
 
     def calibration(self, reference: str = "core") -> dict[str, float]:
         """Multipliers per family for `GainPolicy.calibration`, 1 for the reference.
@@ -70,17 +74,18 @@ class Fitted:
         Raises:
             UsageError: as `calibration` does.
         """
-        return GainPolicy(exponent=self.beta, calibration=self.calibration(reference))
+        return GainPolicy(exponent=self.beta, calibration=self.calibration(reference), depth_tilt=self.tilt)
 
 
 def fit_calibration(
     measured: Sequence[MeasuredGain], *, shrinkage: float = 4.0, beta: float = 0.5, floor: float | None = None
 ) -> Fitted:
-    """Fit a constant per family, one exponent and one shift per cell to log drops, all of them shrunk.
+    """Fit a constant per family, one exponent, one tilt and one shift per cell to log drops, all of them shrunk.
 
-    Penalised least squares: families and cells are drawn towards their mean, and the exponent towards `beta`, as by
-    `shrinkage` further options that sit there (the posterior mean of a normal prior of that many observations'
-    precision). Drops at or below `floor` count as the floor: what training could not show has no logarithm.
+    Penalised least squares: families and cells are drawn towards their mean, the exponent towards `beta` and the tilt
+    towards 0, as by `shrinkage` further options that sit there (the posterior mean of a normal prior of that many
+    observations' precision). Drops at or below `floor` count as the floor: what training could not show has no
+    logarithm.
 
     Args:
         measured: at least two options of some family and cell, with positive energies.
@@ -108,18 +113,21 @@ def fit_calibration(
     cells = sorted({m.cell for m in measured})
     y = np.log([max(m.drop, least) for m in measured])
     x = np.log([m.energy for m in measured])
-    # Columns: level, slope, families, cells. The log energies are centred so that the slope's prior leaves the level.
+    z = np.array([m.depth for m in measured])
+    # Columns: level, slope, tilt, families, cells. The log energies are centred so that the prior leaves the level.
     middle = float(x.mean())
-    design = np.zeros((len(y), 2 + len(families) + len(cells)))
-    design[:, 0], design[:, 1] = 1, x - middle
+    first = 3
+    design = np.zeros((len(y), first + len(families) + len(cells)))
+    design[:, 0], design[:, 1], design[:, 2] = 1, x - middle, z
     for i, m in enumerate(measured):
-        design[i, 2 + families.index(m.family)] = 1
-        design[i, 2 + len(families) + cells.index(m.cell)] = 1
+        design[i, first + families.index(m.family)] = 1
+        design[i, first + len(families) + cells.index(m.cell)] = 1
     # One option at the spread of the energies weighs so much; a trace of a penalty decides what the data leave open.
     trace = 1e-9
     penalty = np.full(design.shape[1], shrinkage + trace)
     penalty[0] = 0
     penalty[1] = (shrinkage + trace) * max(float(x.var()), trace)
+    penalty[2] = shrinkage * float(z.var()) + trace
     target = y - beta * design[:, 1]
     solved = np.linalg.solve(design.T @ design + np.diag(penalty), design.T @ target)
     slope = float(np.clip(beta + solved[1], 0.05, 1.0))
@@ -128,7 +136,7 @@ def fit_calibration(
         kept = design[:, rest]
         part = np.linalg.solve(kept.T @ kept + np.diag(penalty[rest]), kept.T @ (y - slope * design[:, 1]))
         solved[rest] = part
-    alpha, shift = solved[2 : 2 + len(families)], solved[2 + len(families) :]
+    alpha, shift = solved[first : first + len(families)], solved[first + len(families) :]
     level = float(solved[0] + alpha.mean() + shift.mean() - slope * middle)
     fitted = design[:, [0]] @ solved[[0]] + slope * design[:, 1] + design[:, 2:] @ solved[2:]
     return Fitted(
@@ -137,6 +145,7 @@ def fit_calibration(
         level,
         dict(zip(cells, (shift - shift.mean()).tolist(), strict=True)),
         float(np.sqrt(np.mean((y - fitted) ** 2))),
+        float(solved[2]),
     )
 
 
@@ -171,7 +180,7 @@ def held_out(
                 continue
             rest = [m for m in measured if m.cell[axis] != name]
             fitted = fitted or fit_calibration(rest, shrinkage=shrinkage, floor=floor)
-            predicted = [fitted.predict(m.family, m.energy) for m in out]
+            predicted = [fitted.predict(m.family, m.energy, depth=m.depth) for m in out]
             total += len(out) * _spearman(predicted, [m.drop for m in out])
             weight += len(out)
         if weight:

@@ -4,8 +4,9 @@
 
 In every cell 32 random feasible mixes of the default menu and the packed plan of every scorer named (the study's own by
 default) are trained at the same learning rates, with the seed, the order and the head in common, and compared by the
-negative log-likelihood on the outer split at the best rate of each. The percentile is the share of random plans that
-are worse, ties counted half. The test split stays sealed. Writes `plans.json`; the ledger resumes.
+negative log-likelihood on the outer split at the best rate of each; so are plans packed by the constants, and by the
+tilt over depth alone, that `fit.py` fits to the other tasks. The percentile is the share of random plans that are
+worse, ties counted half. The test split stays sealed. Writes `plans.json`; the ledger resumes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 
 import numpy as np
 from cells import CELLS, Cell
+from fit import fitted_to, is_measured, read
 
+from autopeft.allocation.gain import GainPolicy
 from autopeft.allocation.indices import attach_indices
 from autopeft.allocation.random import RandomMix
 from autopeft.config.registries import SCORERS
@@ -57,7 +60,9 @@ def percentile(value: float, others: Sequence[float]) -> float:
     return float(np.mean((array > value) + 0.5 * (array == value)))
 
 
-def measured(cell: Cell, assets: Path, output: Path, scorers: Sequence[str]) -> dict[str, Any]:
+def measured(
+    cell: Cell, assets: Path, output: Path, scorers: Sequence[str], fitted: GainPolicy | None
+) -> dict[str, Any]:
     study = cell.study(assets)
     folder = output / "ledger" / cell.name.replace(" ", "_")
     prepared = prepare(study, folder)
@@ -79,6 +84,13 @@ def measured(cell: Cell, assets: Path, output: Path, scorers: Sequence[str]) -> 
         row = tried(runner, own, make_plan(scored, own), cell.scales, f"{cell.name}: packed by {name}")
         found[name] = {**row, "percentile": percentile(row["nll"], worse)}
         print(cell.name, name, found[name], flush=True)
+    if fitted is not None:
+        tilted = dataclasses.replace(study.gain, depth_tilt=fitted.depth_tilt)
+        for name, policy in {"constants fitted to other tasks": fitted, "tilt fitted to other tasks": tilted}.items():
+            own = dataclasses.replace(study, gain=policy)
+            row = tried(runner, own, make_plan(prepared, own), cell.scales, f"{cell.name}: {name}")
+            found[name] = {**row, "percentile": percentile(row["nll"], worse), "depth_tilt": policy.depth_tilt}
+            print(cell.name, name, found[name], flush=True)
     return {**found, "environment": environment_facts(prepared)}
 
 
@@ -91,9 +103,12 @@ def main() -> None:
     args = parser.parse_args()
     path = args.output / "plans.json"
     result = read_json(path) if path.exists() else {}
+    every = [read(cell, args.assets, args.output) for cell in CELLS if is_measured(cell, args.output)]
     for cell in CELLS:
         if cell.name in args.cells:
-            result[cell.name] = measured(cell, args.assets, args.output, args.scorers)
+            others = [options for options in every if options.cell.data != cell.data]
+            fitted = fitted_to(others, True) if others else None
+            result[cell.name] = measured(cell, args.assets, args.output, args.scorers, fitted)
             write_json(path, result)
 
 

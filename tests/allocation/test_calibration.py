@@ -13,22 +13,25 @@ ALPHA = {"core": 0.0, "matrix": -2.0, "vector": -1.0}
 CELLS = [("vit", "digits"), ("vit", "cifar"), ("cnn", "digits"), ("cnn", "cifar")]
 
 
-def measured(n: int, noise: float, seed: int = 0, beta: float = 0.6) -> list[MeasuredGain]:
-    """Options whose log drop is `alpha + beta log energy + shift of the cell + noise`."""
+def measured(n: int, noise: float, seed: int = 0, beta: float = 0.6, tilt: float = 0.0) -> list[MeasuredGain]:
+    """Options whose log drop is `alpha + beta log energy + tilt depth + shift of the cell + noise`."""
     rng = np.random.default_rng(seed)
     shift = dict(zip(CELLS, (0.5, -0.5, 1.0, -1.0), strict=True))
     found = []
     for i in range(n):
         family, cell = list(ALPHA)[i % 3], CELLS[(i // 3) % 4]
         energy = float(np.exp(rng.uniform(-8, -1)))
-        drop = math.exp(-3 + ALPHA[family] + beta * math.log(energy) + shift[cell] + noise * rng.standard_normal())
-        found.append(MeasuredGain(family, energy, drop, cell))
+        depth = (i // 12) % 5 / 2 - 1
+        middle = -3 + ALPHA[family] + beta * math.log(energy) + tilt * depth + shift[cell]
+        drop = math.exp(middle + noise * rng.standard_normal())
+        found.append(MeasuredGain(family, energy, drop, cell, depth))
     return found
 
 
 def test_exact_data_give_the_constants_back() -> None:
-    fitted = fit_calibration(measured(60, 0.0), shrinkage=0.0, floor=1e-12)
+    fitted = fit_calibration(measured(60, 0.0, tilt=-1.5), shrinkage=0.0, floor=1e-12)
     assert fitted.beta == pytest.approx(0.6, abs=1e-4)
+    assert fitted.tilt == pytest.approx(-1.5, abs=1e-4)
     assert fitted.noise < 1e-4
     mean = sum(ALPHA.values()) / 3
     assert fitted.alpha == pytest.approx({f: a - mean for f, a in ALPHA.items()}, abs=1e-4)
@@ -37,7 +40,9 @@ def test_exact_data_give_the_constants_back() -> None:
     assert fitted.calibration() == pytest.approx({f: math.exp(a) for f, a in ALPHA.items()}, rel=1e-3)
     assert fitted.predict("core", 0.1, CELLS[2]) == pytest.approx(-3 + 0.6 * math.log(0.1) + 1.0, abs=1e-3)
     policy = fitted.policy()
-    assert policy == GainPolicy(exponent=fitted.beta, calibration=fitted.calibration())
+    assert policy == GainPolicy(exponent=fitted.beta, calibration=fitted.calibration(), depth_tilt=fitted.tilt)
+    last = fitted.predict("core", 0.1, CELLS[2], depth=1.0) - fitted.predict("core", 0.1, CELLS[2], depth=-1.0)
+    assert last == pytest.approx(-3.0, abs=1e-3)
 
 
 def test_hand_worked_shrinkage() -> None:
@@ -47,6 +52,13 @@ def test_hand_worked_shrinkage() -> None:
     assert fitted.alpha == pytest.approx({"core": 0.25, "matrix": -0.25}, abs=1e-6)
     assert fitted.beta == pytest.approx(0.5)
     assert fitted.level == pytest.approx(0.0, abs=1e-6)
+
+
+def test_hand_worked_tilt() -> None:
+    """Log drops 1 and -1 at the ends of the depth: least squares give 1, three further options at 0 two fifths."""
+    options = [MeasuredGain("core", 1.0, math.e, depth=1.0), MeasuredGain("core", 1.0, 1 / math.e, depth=-1.0)]
+    assert fit_calibration(options, shrinkage=0.0, floor=1e-9).tilt == pytest.approx(1.0, abs=1e-6)
+    assert fit_calibration(options, shrinkage=3.0, floor=1e-9).tilt == pytest.approx(0.4, abs=1e-6)
 
 
 def test_few_noisy_options_are_better_shrunk() -> None:
