@@ -153,13 +153,14 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--scorers", nargs="*", default=list(SCORERS))
+    parser.add_argument("--cells", nargs="*", default=[cell.name for cell in CELLS], help="others stay as they are")
     args = parser.parse_args()
-    result = {
-        cell.name: ranked(cell, args.assets, args.output, args.scorers)
-        for cell in CELLS
-        if (args.output / f"{cell.model}_{cell.data}.json").exists()
-    }
-    write_json(args.output / "result.json", result)
+    path = args.output / "result.json"
+    result = read_json(path) if path.exists() else {}
+    for cell in CELLS:
+        if cell.name in args.cells and (args.output / f"{cell.model}_{cell.data}.json").exists():
+            result[cell.name] = ranked(cell, args.assets, args.output, args.scorers)
+    write_json(path, result)
     write_text(args.output / "table.md", table(result))
     print(table(result))
 
