@@ -47,7 +47,7 @@ def search(
         str | None,
         typer.Option(
             help="what the search may cost in full trainings, baselines apart: default (0.3: default plan and its "
-            "learning rate), race (1: a race of known candidates), search (4: as many trials as that buys)",
+            "learning rate), race (1: a race of known candidates), search (4: as many short trials as that buys)",
             show_default="as many as --trials",
         ),
     ] = None,

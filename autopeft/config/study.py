@@ -119,7 +119,7 @@ class SearchSettings:
         sampler: proposes the knobs of the next trial: `tpe`, `random`, `nsga2` (for fronts) or `gp` (few, full trials).
         tier: what the search may cost, in units of one full training and baselines apart: `default` (0.3: the default
             plan with the best of three learning rates), `race` (1: a race of known candidates), `search` (4: as many
-            trials as that buys). None leaves it to `trials` and `time_limit`.
+            trials as that buys, of a third of a training each). None leaves it to `trials` and `time_limit`.
         race_test: what decides that a candidate of a race is behind: `normal` or `wilcoxon`.
         stop_delta: end the search once no knob setting is likely better than the best by more than this; None for no
             such rule.

@@ -14,7 +14,7 @@ from autopeft.core.allocation import Allocation
 from autopeft.training.threads import thread_count
 
 if TYPE_CHECKING:
-    from autopeft.config.study import Study
+    from autopeft.config.study import Study, Tier
     from autopeft.pipeline.contenders import Group
     from autopeft.pipeline.prepare import Prepared
 
@@ -73,6 +73,14 @@ class Effort:
             return cls(epochs, max(1, epochs // 3))
         parts = max(1, math.floor(1 / max(_SMALLEST_SHARE, _PER_CLASS * classes / inner)))
         return cls(epochs * parts, max(1, epochs * parts // 9), 1 / parts)
+
+    def of_trials(self, tier: Tier | None) -> Effort:
+        """How long our own candidates train while they are compared.
+
+        In the tier `search` as long as the short runs: at full length it would buy two or three trials, which choose
+        nothing. The winner is trained in full at the end.
+        """
+        return dataclasses.replace(self, epochs=self.rung) if tier == "search" else self
 
 
 def plan_effort(prepared: Prepared, study: Study, groups: tuple[Group, ...], spent_seconds: float) -> Effort:

@@ -100,10 +100,11 @@ def run_search(
             effort = _effort(prepared, study, groups, run, time.perf_counter() - started)
             _announce_effort(effort, study, groups, emit)
             storage, study_name = _remembered(run, storage, study_name)
-            searcher = open_searcher(prepared, study, run, effort, storage=storage, name=study_name)
+            tier = study.search.tier
+            short = effort.of_trials(tier)
+            searcher = open_searcher(prepared, study, run, short, storage=storage, name=study_name)
         searcher.reap()
         runner = Runner(prepared, Ledger(run.root / "ledger"), emit)
-        tier = study.search.tier
         allowance = None if tier is None else TIERS[tier] * full_training(prepared, effort)
         _run_baselines(runner, study, groups, effort, searcher, run, standings, allowance)
         deadline = None
@@ -115,7 +116,7 @@ def run_search(
         points = kept_points(
             run.root / "warm.json", study.search.warm_start, prepared.catalog.fingerprint, study.goals, searcher.space
         )
-        TrialLoop(runner, study, searcher, effort, run, points).until(total, deadline, allowance=allowance)
+        TrialLoop(runner, study, searcher, short, run, points).until(total, deadline, allowance=allowance)
         return _finish(runner, study, searcher, run, started, emit)
 
 
@@ -239,7 +240,8 @@ def _run_baselines(
 ) -> None:
     """Tune the contenders and tell the study; they are the first trials and do not count in `search.trials`.
 
-    The default plan is tuned by short runs alone in the tier `default`, and one candidate of a race in the tier `race`.
+    The default plan is tuned by short runs alone in the tiers `default` and `search`, and one candidate of a race in
+    the tier `race`.
     """
     known = {trial.name for trial in searcher.finished() if trial.role != "trial"}
     left = None if allowance is None else allowance - sum(fixed_costs(runner.prepared).values())
@@ -251,9 +253,9 @@ def _run_baselines(
             assert left is not None
             _run_race(runner, study, groups, effort, searcher, run, left)
             continue
-        if group.role == "default" and study.search.tier == "default":
+        if group.role == "default" and study.search.tier is not None:
             assert left is not None
-            tuned = tune_within(runner, study, group, effort, left)
+            tuned = tune_within(runner, study, group, effort.of_trials(study.search.tier), left)
         else:
             tuned = tune(runner, study, group, effort)
         standings.tuned(group, tuned, effort.tries or study.search.tries)

@@ -21,6 +21,11 @@ def test_large_data_is_seen_in_parts():
     assert Effort.of(6, 20_000, 1_000) == Effort(6, 1, 1.0)
 
 
+@pytest.mark.parametrize(("tier", "epochs"), [(None, 12), ("default", 12), ("race", 12), ("search", 4)])
+def test_trials_of_a_searched_tier_are_short(tier, epochs):
+    assert Effort.of(12, 800, 10).of_trials(tier).epochs == epochs
+
+
 def test_learning_rates_are_half_a_decade_apart():
     assert learning_rate_scales(1) == (1.0,)
     assert learning_rate_scales(2) == pytest.approx((10**-0.5, 1))

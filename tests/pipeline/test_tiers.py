@@ -108,6 +108,20 @@ def test_the_tier_default(small, pictures, tmp_path):
     assert "race" not in record.costs
 
 
+@pytest.mark.slow
+def test_the_tier_search(small, pictures, tmp_path):
+    """Short trials that choose among settings, and a winner that is trained in full."""
+    record = run(small, pictures, tmp_path / "search", "--tier", "search", "--epochs", "12")
+    assert units(record) <= TIERS["search"]
+    ours = [t for t in record.trials if t.role in ("default", "trial")]
+    assert len(ours) >= 8
+    assert {t.fidelity for t in ours if t.outcome.status == "done"} == {4 * record.data["sizes"]["inner"]}
+    assert all(t.spent <= record.budget["limit"] for t in record.trials)
+    full = 12 * (record.data["sizes"]["inner"] + record.data["sizes"]["outer"])
+    assert record.costs["full_training"] == full
+    assert record.costs["finish"] >= full
+
+
 def earlier(folder, fingerprint="abc", metric="top1"):
     """A finished run whose trials 2 and 4 are better than its default plan, and 3 is not."""
 
