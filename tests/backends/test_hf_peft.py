@@ -137,7 +137,7 @@ def test_what_peft_cannot_hold_exactly_stays_native() -> None:
     )
     with HfPeftBackend().insert(model, catalog, plan, methods) as inserted:
         forms = {key: adapter.form for key, adapter in inserted.named_adapters().items()}
-    assert forms == {"blocks.0.conv1/lora": "branch", "stem/lora": "stand_in", "blocks.0.conv2/sparse": "branch"}
+    assert forms == {"blocks.0.conv1/lora": "swap", "stem/lora": "stand_in", "blocks.0.conv2/sparse": "branch"}
     vit = tiny_vit()
     catalog = scan(vit)
     plan = plan_of(catalog, methods, (FC1, "sparse", 79), ("blocks.0.attn.qkv[q]", "lora", 1))
