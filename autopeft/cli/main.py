@@ -13,7 +13,7 @@ app = typer.Typer(
     name="autopeft",
     cls=LazyGroup,
     help="Where trainable parameters should go, and of which kind, under an exact budget.\n\n"
-    "Start here:  autopeft search --budget 0.1%   (bundled model and data, offline, on a CPU, under three minutes)\n\n"
+    "Start here:  autopeft search --budget 0.1%   (bundled model and data, offline, on a CPU, about three minutes)\n\n"
     "Your data:   autopeft search --model vit_base_patch16_224 --data FOLDER --budget 0.1%",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
