@@ -142,7 +142,7 @@ class Problem:
 
     def _hold(self, programme: Programme, kept: Any, cap: Cap) -> None:
         """A column per shared term; in numbers of the order of one, as HiGHS's tolerances are absolute."""
-        idents = [[(o.site, o.method, o.size) for o in self.bundles[i].members] for i in kept]
+        idents = [[o.ident for o in self.bundles[i].members] for i in kept]
         unit = max(cap.most - cap.fixed, 1e-9 * max(cap.most, 1.0))
         own = [math.fsum(cap.own.get(ident, 0.0) for ident in group) / unit for group in idents]
         terms = [programme.column() for _ in cap.terms]

@@ -236,8 +236,8 @@ class Knapsack:
 
 def _bought(problem: Problem, plan: Allocation) -> list[int] | None:
     """Positions of the bundles that a plan is made of; None when it has options that are in none of them."""
-    bought = {(o.site, o.method, o.size) for o in plan}
-    chosen = [i for i, b in enumerate(problem.bundles) if {(o.site, o.method, o.size) for o in b.members} <= bought]
+    bought = {o.ident for o in plan}
+    chosen = [i for i, b in enumerate(problem.bundles) if {o.ident for o in b.members} <= bought]
     return chosen if sum(len(problem.bundles[i].members) for i in chosen) == len(plan) else None
 
 

@@ -71,7 +71,7 @@ class Cap:
 
     def used(self, options: Iterable[Option]) -> float:
         """What a plan of these options uses."""
-        chosen = [(o.site, o.method, o.size) for o in options]
+        chosen = [o.ident for o in options]
         on = {i for ident in chosen for i in self.triggers.get(ident, ())}
         shared = []
         for i, term in enumerate(self.terms):

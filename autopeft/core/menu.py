@@ -111,6 +111,11 @@ class Option:
         return f"{self.site}/{self.method}"
 
     @property
+    def ident(self) -> tuple[str, str, int]:
+        """Site, method and size: unique within a menu."""
+        return self.site, self.method, self.size
+
+    @property
     def order(self) -> tuple[tuple[Place, ...], str, str, int, int]:
         """A total order that depends on nothing but the option, so that ties break alike everywhere."""
         return (self.places, self.site, self.method, self.size, self.cost.trainable)
@@ -137,10 +142,9 @@ class Menu:
         object.__setattr__(self, "options", ordered)
         seen: set[tuple[str, str, int]] = set()
         for o in ordered:
-            ident = (o.site, o.method, o.size)
-            if ident in seen:
+            if o.ident in seen:
                 raise ValueError(f"option {o.key} of size {o.size} is on the menu twice")
-            seen.add(ident)
+            seen.add(o.ident)
 
     def __iter__(self) -> Iterator[Option]:
         return iter(self.options)

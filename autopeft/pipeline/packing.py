@@ -62,14 +62,14 @@ def next_best(prepared: Prepared, study: Study, plan: Allocation) -> dict[str, A
     if not rivals:
         return None
     rival = max(rivals, key=lambda p: p.worth)
-    mine, its = {_ident(o) for o in plan}, {_ident(o) for o in rival}
+    mine, its = {o.ident for o in plan}, {o.ident for o in rival}
     reached, other = plan.worth, rival.worth
     return {
         "gain": rival.gain,
         "spent": rival.spent,
         "loss": (reached - other) / abs(reached) if reached else 0.0,
-        "removed": _rows(o for o in plan if _ident(o) not in its),
-        "added": _rows(o for o in rival if _ident(o) not in mine),
+        "removed": _rows(o for o in plan if o.ident not in its),
+        "added": _rows(o for o in rival if o.ident not in mine),
         "proven": bound - other <= 1e-9 * abs(bound),
     }
 
@@ -97,10 +97,6 @@ def _rivals(
 def packing_of(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     """`packing_facts` of a plan that was read back, with the next best plan within its own study."""
     return packing_facts(plan.allocation, next_best(prepared, study_from_dict(plan.study), plan.allocation))
-
-
-def _ident(option: Option) -> tuple[str, str, int]:
-    return option.site, option.method, option.size
 
 
 def _rows(options: Iterable[Option]) -> list[dict[str, Any]]:

@@ -188,7 +188,7 @@ def _packed(prepared: Prepared, study: Study, first: Allocation, kept: Mapping[s
     left = budget.limit - sum(o.cost.of(budget.unit) for o in stay.values())
     menu = build_menu(catalog, methods, scores, study.gain, fused=study.fused, budget=budget)
     rules = _Rules(prepared, study)
-    priced = {(o.site, o.method, o.size): o for o in menu}
+    priced = {o.ident: o for o in menu}
     taken = {place for o in stay.values() for place in o.places}
     offered: list[Option] = []
     for option in menu:
@@ -213,7 +213,7 @@ def _packed(prepared: Prepared, study: Study, first: Allocation, kept: Mapping[s
         spare = Budget(left, budget.unit)
         bought = Knapsack().allocate(Menu(tuple(fits), menu.sites, scores), spare, study.seed).options
     for option in bought:
-        whole = priced[option.site, option.method, option.size]
+        whole = priced[option.ident]
         stay[option.key] = dataclasses.replace(whole, gain=option.gain, memory=option.memory)
     plan = Allocation(tuple(stay.values()), budget, Provenance("repack", scores.origin.scorer))
     if not rules.kept(plan):
@@ -228,19 +228,15 @@ class _Rules:
         held = study.allocator if isinstance(study.allocator, Knapsack) and is_constrained(study) else None
         self._held = held
         self._menus = limited_menus(prepared, study, every_option(prepared, study)) if held is not None else ()
-        self._offered = {_ident(o) for menu in self._menus for o in held.offered(menu)} if held is not None else set()
+        self._offered = {o.ident for menu in self._menus for o in held.offered(menu)} if held is not None else set()
 
     def offers(self, option: Option) -> bool:
         """Whether any plan may have the option."""
-        return self._held is None or _ident(option) in self._offered
+        return self._held is None or option.ident in self._offered
 
     def kept(self, plan: Allocation) -> bool:
         """Whether this plan keeps all of them."""
         return self._held is None or any(self._held.keeps(menu, plan) for menu in self._menus)
-
-
-def _ident(option: Option) -> tuple[str, str, int]:
-    return option.site, option.method, option.size
 
 
 def _nested(study: Study, option: Option) -> bool:

@@ -78,16 +78,16 @@ def _of_kind(menu: Menu, folders: Mapping[tuple[str, str, int], Folder], kind: s
     kept = [
         o
         for o in menu
-        if (kind is None or kind in folders[_ident(o)].kinds)
-        and (most is None or max(folders[_ident(o)].ranks.values(), default=0) <= most)
+        if (kind is None or kind in folders[o.ident].kinds)
+        and (most is None or max(folders[o.ident].ranks.values(), default=0) <= most)
     ]
     if most is None:
         return _part(menu, kept)
     own: dict[str, dict[tuple[str, str, int], float]] = {}
     places: dict[str, set[Any]] = {}
     for o in kept:
-        for module, rank in folders[_ident(o)].ranks.items():
-            own.setdefault(module, {})[_ident(o)] = float(rank)
+        for module, rank in folders[o.ident].ranks.items():
+            own.setdefault(module, {})[o.ident] = float(rank)
             places.setdefault(module, set()).add(o.places)
     caps = tuple(
         Cap(f"rank on {module}", float(most), own=ranks) for module, ranks in own.items() if len(places[module]) > 1
@@ -109,7 +109,7 @@ def _folders(prepared: Prepared, menu: Menu, methods: Mapping[str, Method]) -> d
         site = menu.sites[o.site]
         kind = alike(model, methods[o.method], site)
         if kind in known:
-            found[_ident(o)] = Folder()
+            found[o.ident] = Folder()
             continue
         if (*kind, o.size) not in known:
             folder = Folder.of(built(model, methods[o.method], site, o), model)
@@ -120,7 +120,7 @@ def _folders(prepared: Prepared, menu: Menu, methods: Mapping[str, Method]) -> d
         if folder.ranks and not site.members:
             # Found on a site that is like this one.
             folder = Folder(folder.kinds, dict.fromkeys([site.module], sum(folder.ranks.values())))
-        found[_ident(o)] = folder
+        found[o.ident] = folder
     return found
 
 
@@ -151,7 +151,3 @@ def _caps(prepared: Prepared, study: Study) -> list[Cap]:
     flops, memory = prepared.usage[key]
     limits = ((flops, study.limits.flops), (memory, study.limits.memory))
     return [dataclasses.replace(cap, most=most) for cap, most in limits if most is not None]
-
-
-def _ident(option: Option) -> tuple[str, str, int]:
-    return option.site, option.method, option.size

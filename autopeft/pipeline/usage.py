@@ -92,7 +92,7 @@ def step_usage(
 
         known = _known(sorted(by_size), look)
         for o in members:
-            ident, added = (o.site, o.method, o.size), _between(known, o.size)
+            ident, added = o.ident, _between(known, o.size)
             hosts = [m.module for m in (menu.sites[o.site].members or (menu.sites[o.site],))]
             begins = [base.start[h] if added.from_start else base.stage[h] for h in hosts if h in base.stage]
             flops[ident], held[ident] = added.flops.at(batch), added.kept.at(batch)
