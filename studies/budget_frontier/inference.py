@@ -7,10 +7,16 @@ from itertools import product
 
 import numpy as np
 
-__all__ = ["bootstrap", "gap_closed", "grouped_means", "holm", "sign_flip"]
+__all__ = ["bootstrap", "gap_closed", "grouped_means", "holm", "sign_flip", "unpacked"]
 
 Matrix = np.ndarray
 """Differences of correctness, shape (seeds, samples): 1 where only the first is right, -1 where only the second is."""
+
+
+def unpacked(rows: Sequence[str], n: int) -> np.ndarray:
+    """Whether each of n samples was classified correctly, (seeds, n) of 0 and 1, from hexadecimal packed bits."""
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(row), dtype=np.uint8), count=n) for row in rows]
+    return np.stack(bits).astype(float)
 
 
 def sign_flip(differences: Sequence[float]) -> float:

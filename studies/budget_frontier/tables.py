@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import bootstrap, gap_closed, holm, sign_flip
+from inference import bootstrap, gap_closed, holm, sign_flip, unpacked
 
 from autopeft.store.atomic import read_json, write_json, write_text
 
@@ -27,9 +27,7 @@ Cell = Mapping[str, Any]
 
 def correct(cell: Cell, name: str) -> np.ndarray:
     """Whether each test picture was classified correctly, (seeds, pictures)."""
-    n = cell["sizes"]["test"]
-    rows = [np.frombuffer(bytes.fromhex(text), dtype=np.uint8) for text in cell["contenders"][name]["correct"]]
-    return np.stack([np.unpackbits(row, count=n) for row in rows]).astype(float)
+    return unpacked(cell["contenders"][name]["correct"], cell["sizes"]["test"])
 
 
 def difference(cell: Cell, first: str, second: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import bootstrap
+from inference import bootstrap, unpacked
 from run import BUDGETS, DATA, MODELS, Cell, mix, packed, say
 
 from autopeft.core.outcome import Outcome
@@ -84,9 +84,7 @@ def probe(record: Record) -> list[float]:
 
 def matrix(row: Mapping[str, Any]) -> np.ndarray:
     """Whether each test picture was classified correctly, (seeds, pictures)."""
-    n = row["sizes"]["test"]
-    rows = [np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=n) for text in row["correct"]]
-    return np.stack(rows).astype(float)
+    return unpacked(row["correct"], row["sizes"]["test"])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
