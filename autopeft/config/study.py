@@ -26,7 +26,7 @@ from autopeft.models.spec import ModelSpec
 from autopeft.search.race import RaceTest
 from autopeft.training.settings import TrainSettings
 
-__all__ = ["DEFAULT_METHODS", "DataSettings", "SearchSettings", "Study", "Tier"]
+__all__ = ["DEFAULT_METHODS", "Choose", "DataSettings", "SearchSettings", "Study", "Tier"]
 
 DEFAULT_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -47,6 +47,11 @@ DEFAULT_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 Tier = Literal["default", "race", "search"]
 """What a search may cost, see `SearchSettings.tier`."""
+
+Choose = Literal["likelihood", "goal"]
+"""What decides between candidates, see `SearchSettings.choose`."""
+
+_ACCURACIES = ("top1", "macro_f1")
 
 _LIMITLESS = 10**15
 """Base parameters that no share of a sensible size rounds to nothing of: checks a budget's spelling without a model."""
@@ -120,6 +125,9 @@ class SearchSettings:
         tier: what the search may cost, in units of one full training and baselines apart: `default` (0.3: the default
             plan with the best of three learning rates), `race` (1: a race of known candidates), `search` (4: as many
             trials as that buys, of a third of a training each). None leaves it to `trials` and `time_limit`.
+        choose: what candidates are compared by on the outer split where the first goal is a classifier's accuracy
+            (`top1`, `macro_f1`): `likelihood`, its negative log-likelihood at the best temperature, or `goal`, the
+            accuracy itself, which a few hundred samples hardly tell apart. Other goals are compared by themselves.
         race_test: what decides that a candidate of a race is behind: `normal` or `wilcoxon`.
         stop_delta: end the search once no knob setting is likely better than the best by more than this; None for no
             such rule.
@@ -144,6 +152,7 @@ class SearchSettings:
     tries: int = 2
     sampler: Annotated[Sampler, Plugin("search")] = field(default_factory=lambda: _builtin("search", "tpe"))
     tier: Tier | None = None
+    choose: Choose = "likelihood"
     race_test: RaceTest = "normal"
     stop_delta: float | None = None
     confidence: float = 0.9
@@ -167,7 +176,7 @@ class SearchSettings:
             raise UsageError(f"search.stop_delta must be at least 0, got {self.stop_delta!r}")
         if not 0 < self.confidence < 1:
             raise UsageError(f"search.confidence must lie between 0 and 1, got {self.confidence!r}")
-        for name, kinds in (("tier", Tier), ("race_test", RaceTest)):
+        for name, kinds in (("tier", Tier), ("choose", Choose), ("race_test", RaceTest)):
             if getattr(self, name) is not None and getattr(self, name) not in typing.get_args(kinds):
                 known = ", ".join(typing.get_args(kinds))
                 raise UsageError(f"search.{name} must be one of {known}, got {getattr(self, name)!r}")
@@ -279,6 +288,13 @@ class Study:
     def goals(self) -> Goals:
         """The goals of the reward, and what the search makes of them."""
         return Goals(self.reward.names, self.reward.goals, self.search.front, self.search.limits)
+
+    @property
+    def chosen_by(self) -> str:
+        """The metric that candidates are compared by on the outer split; see `SearchSettings.choose`."""
+        first = self.reward.names[0]
+        accuracy = first in _ACCURACIES and self.goals.mode != "pareto"
+        return "scaled_nll" if accuracy and self.search.choose == "likelihood" else first
 
     @classmethod
     def plugins_in(cls, name: str) -> Mapping[str, Plugin]:

@@ -64,6 +64,7 @@ def search_facts(study: Study, trials: Sequence[Trial]) -> dict[str, Any]:
     return {
         "goals": [{"name": n, "direction": d} for n, d in zip(goals.names, goals.directions, strict=True)],
         "mode": goals.mode,
+        "chosen_by": study.chosen_by,
         "limits": dict(goals.limits),
         "sampler": SAMPLERS.name_of(type(study.search.sampler)),
         "front": [ours[i].number for i in goals.on_front([t.rewards for t in ours])] if len(goals.names) > 1 else [],

@@ -144,10 +144,18 @@ class Runner:
         return entry
 
     def rank(self, study: Study, outcome: Outcome) -> tuple[float, float, float]:
-        """What candidates are ordered by: keeping to the limits, the first goal, the negative log-likelihood."""
+        """What candidates are ordered by, the largest first.
+
+        Keeping to the limits, then the first goal and the negative log-likelihood; where the study chooses by
+        likelihood, that one and then the goal.
+        """
         if outcome.status != "done":
             return (float("-inf"), float("-inf"), float("-inf"))
-        return (*study.goals.merit(study.reward.value(outcome)), -outcome.metrics.get("nll", 0.0))
+        kept, goal = study.goals.merit(study.reward.value(outcome))
+        nll = outcome.metrics.get("nll", 0.0)
+        if study.chosen_by != study.reward.names[0]:
+            return (kept, -outcome.metrics.get(study.chosen_by, nll), goal)
+        return (kept, goal, -nll)
 
     def _passes(
         self,

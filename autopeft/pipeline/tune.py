@@ -52,8 +52,8 @@ def learning_rate_scales(tries: int) -> tuple[float, ...]:
 def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
     """Run every variant at every learning rate for one rung, then the best one in full.
 
-    The short runs have complete schedules of their own. The best has the highest reward on the outer split; ties go
-    to the lower negative log-likelihood, then to the earlier variant.
+    The short runs have complete schedules of their own. The best is the first in `Runner.rank` on the outer split; ties
+    go to the earlier variant.
     """
     stage = "default" if group.role == "default" else "baselines"
     scales = learning_rate_scales(effort.tries or study.search.tries)

@@ -144,7 +144,9 @@ def _history(record: Record) -> str:
     text = f"{len(record.trials)} trials: {states}."
     if best is not None and metric in best.outcome.metrics:
         value = metric_text(metric, best.outcome.metrics[metric])
-        text += f" Best on the {best.outcome.split} split: trial {best.number}, {best.name}, {metric} {value} (*)."
+        text += f" Taken on the {best.outcome.split} split: trial {best.number}, {best.name}, {metric} {value} (*)"
+        decided = record.search.get("chosen_by", metric)
+        text += "." if decided == metric else f", by the least {decided} (`search.choose`)."
     return text
 
 

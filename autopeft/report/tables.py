@@ -96,14 +96,16 @@ def standing_table(record: Record) -> Table:
 
 
 def trial_table(record: Record) -> Table:
-    """Every trial: what it was, what it cost, what came of it. A star marks the best."""
+    """Every trial: what it was, what it cost, what came of it. A star marks the one that was taken."""
     metric = search_metric(record)
+    decided = record.search.get("chosen_by", metric)
+    shown = (metric,) if decided == metric else (metric, decided)
     rows = tuple(
         (
             str(t.number) + ("*" if t.number == record.best else ""),
             t.name,
             t.outcome.status,
-            metric_text(metric, t.outcome.metrics[metric]) if metric in t.outcome.metrics else "-",
+            *(metric_text(n, t.outcome.metrics[n]) if n in t.outcome.metrics else "-" for n in shown),
             f"{t.spent:,}",
             mix_text(t),
             f"{t.fidelity:,}",
@@ -111,8 +113,8 @@ def trial_table(record: Record) -> Table:
         )
         for t in record.trials
     )
-    header = ("#", "plan", "status", metric, "spent", "methods", "sample-epochs", "time")
-    return Table("Trials", header, rows, "rllrrlrr")
+    header = ("#", "plan", "status", *shown, "spent", "methods", "sample-epochs", "time")
+    return Table("Trials", header, rows, "rll" + "r" * len(shown) + "rlrr")
 
 
 def allocation_table(rows: Iterable[AllocationRow]) -> Table:

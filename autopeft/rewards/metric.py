@@ -23,7 +23,7 @@ class Metric:
     """A single metric of the task; satisfies `autopeft.core.contracts.Reward`.
 
     Attributes:
-        name: as the task calls it: `top1`, `macro_f1`, `ece`, `nll` for classification.
+        name: as the task calls it: `top1`, `macro_f1`, `ece`, `nll`, `scaled_nll` for classification.
         direction: `maximize` or `minimize`; the calibration error and the likelihood are minimised.
 
     Raises:

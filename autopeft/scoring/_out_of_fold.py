@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from autopeft.core.contracts import Task
 from autopeft.core.site import Catalog
+from autopeft.core.temperature import temperature_of
 from autopeft.errors import DataError, UsageError
 from autopeft.scoring._batches import portions
 from autopeft.scoring.borrow import borrowed
 from autopeft.scoring.ridge import Ridge
-from autopeft.scoring.temperature import temperature_of
 
 if TYPE_CHECKING:
     from autopeft.scoring.gradient import Gradient

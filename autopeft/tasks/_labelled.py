@@ -156,7 +156,7 @@ class LabelledTask(ABC):
         return torch.cat(logits), torch.cat(labels)
 
     def evaluate(self, model: nn.Module, split: Split) -> Mapping[str, float]:
-        """`top1`, `macro_f1`, `ece` and `nll` on a split, in evaluation mode.
+        """`top1`, `macro_f1`, `ece`, `nll` and `scaled_nll` on a split, in evaluation mode.
 
         Raises:
             StoreError: for the test split before `unseal_test`.

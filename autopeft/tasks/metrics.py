@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autopeft.core.temperature import temperature_of
 from autopeft.errors import UsageError
 
-__all__ = ["ECE_BINS", "classification_metrics", "expected_calibration_error", "macro_f1", "mean_nll", "top1"]
+__all__ = [
+    "ECE_BINS",
+    "classification_metrics",
+    "expected_calibration_error",
+    "macro_f1",
+    "mean_nll",
+    "scaled_nll",
+    "top1",
+]
 
 ECE_BINS = 15
 """Bins of the calibration error, as in Guo et al. 2017."""
@@ -85,8 +94,23 @@ def mean_nll(logits: Tensor, labels: Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits.double(), labels))
 
 
+def scaled_nll(logits: Tensor, labels: Tensor) -> float:
+    """Mean negative log-likelihood in nats after the one temperature that makes it least on these very samples.
+
+    Temperature scaling (Guo et al. 2017, section 4.2) takes out how sure a classifier is on the whole, and leaves what
+    it knows: it is the same when all logits are multiplied by a positive number, and never above `mean_nll` or the
+    logarithm of the number of classes.
+
+    Args:
+        logits: shape (n, classes).
+        labels: shape (n,), integers.
+    """
+    _check(logits, labels)
+    return temperature_of(logits.double(), labels.long())[1]
+
+
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """`top1`, `macro_f1`, `ece` (15 bins) and `nll` of one set of predictions.
+    """`top1`, `macro_f1`, `ece` (15 bins), `nll` and `scaled_nll` of one set of predictions.
 
     Args:
         logits: shape (n, classes).
@@ -97,4 +121,5 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "macro_f1": macro_f1(logits, labels),
         "ece": expected_calibration_error(logits, labels),
         "nll": mean_nll(logits, labels),
+        "scaled_nll": scaled_nll(logits, labels),
     }

@@ -29,7 +29,7 @@ class Evaluation:
 
     Attributes:
         split: the split.
-        metrics: `top1`, `macro_f1`, `ece` and `nll` of a classifier; what the task measures otherwise.
+        metrics: `top1`, `macro_f1`, `ece`, `nll` and `scaled_nll` of a classifier; what the task measures otherwise.
         interval: 95 % bootstrap interval of the first metric, over samples.
         merits: per sample, in file order, for paired tests, (n,): whether it was classified correctly, as bool; how
             well it is done in other tasks, float64, higher is better.

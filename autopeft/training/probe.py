@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from autopeft.core.contracts import Task
 from autopeft.core.outcome import Split
 from autopeft.core.site import Catalog
+from autopeft.core.temperature import temperature_of
 from autopeft.errors import UsageError
 from autopeft.scoring.ridge import Ridge
-from autopeft.scoring.temperature import temperature_of
 from autopeft.training._features import Features, features_of, folds_of
 from autopeft.training._logistic import logistic_path
 

@@ -14,8 +14,8 @@ from autopeft.core.record import Record
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
     """Without exports and the dataflow graph, which other tests look at and which take most of the time."""
-    monkeypatch.setattr("autopeft.pipeline.search.deliver", lambda *args, **kwargs: {})
-    monkeypatch.setattr("autopeft.pipeline.search.dataflow", lambda *args, **kwargs: None)
+    monkeypatch.setattr("autopeft.pipeline.conclude.deliver", lambda *args, **kwargs: {})
+    monkeypatch.setattr("autopeft.pipeline.conclude.dataflow", lambda *args, **kwargs: None)
 
 
 def search(small, pictures, folder, *settings):

@@ -40,8 +40,8 @@ class Found(NamedTuple):
 @pytest.fixture(scope="module")
 def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as found:
-        found.setattr("autopeft.pipeline.search.deliver", lambda *args, **kwargs: {})
-        found.setattr("autopeft.pipeline.search.dataflow", lambda *args, **kwargs: None)
+        found.setattr("autopeft.pipeline.conclude.deliver", lambda *args, **kwargs: {})
+        found.setattr("autopeft.pipeline.conclude.dataflow", lambda *args, **kwargs: None)
         yield found
 
 

@@ -229,7 +229,7 @@ def test_a_repacked_winner_is_finished_exported_and_replayed(three, tmp_path, mo
     monkeypatch.setattr(module, "paired_interval", lambda *args: (0.1, 0.2))
     found = functools.partial(repack_plan, share=SHARE)
     monkeypatch.setattr(module, "repack_plan", found)
-    monkeypatch.setattr("autopeft.pipeline.search.dataflow", lambda *args: None)  # seconds of tracing
+    monkeypatch.setattr("autopeft.pipeline.conclude.dataflow", lambda *args: None)  # seconds of tracing
     search = dataclasses.replace(three.search, repack="auto", trials=0, tries=1, seeds=1, contenders=("head_only",))
     asked = dataclasses.replace(three, search=search)
     run = RunFolder(tmp_path / "run")

@@ -69,6 +69,12 @@ def test_baselines_and_default_come_first_and_do_not_count(record):
     assert all(set(t.knobs) == set(first.knobs) for t in record.trials)
 
 
+def test_the_taken_plan_has_the_least_loss_at_the_best_temperature(record):
+    ours = {t.number: t.outcome.metrics for t in record.trials if t.role in ("trial", "default") and t.rewards}
+    assert record.search["chosen_by"] == "scaled_nll"
+    assert record.best == min(ours, key=lambda number: (ours[number]["scaled_nll"], -ours[number]["top1"], number))
+
+
 def test_finalists_share_seeds_and_the_test_split(record):
     seeds = [[o.seed for o in c.outcomes] for c in record.contenders]
     assert seeds == [[0, 1, 2]] * 3

@@ -26,8 +26,8 @@ ONE = Goals(("top1",), ("maximize",))
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
     """Without exports and the dataflow graph, which other tests look at and which take most of the time."""
-    monkeypatch.setattr("autopeft.pipeline.search.deliver", lambda *args, **kwargs: {})
-    monkeypatch.setattr("autopeft.pipeline.search.dataflow", lambda *args, **kwargs: None)
+    monkeypatch.setattr("autopeft.pipeline.conclude.deliver", lambda *args, **kwargs: {})
+    monkeypatch.setattr("autopeft.pipeline.conclude.dataflow", lambda *args, **kwargs: None)
 
 
 def prepared(inner, outer):

@@ -122,7 +122,7 @@ def test_metrics_do_not_smooth(tree: Tree, config: dict[str, Any]) -> None:
     plain, smoothed = (Classification(s).open(root, config, None, 0, {}) for s in (0.0, 0.3))
     model = linear(plain)
     assert plain.evaluate(model, "outer") == smoothed.evaluate(model, "outer")
-    assert set(plain.evaluate(model, "outer")) == {"top1", "macro_f1", "ece", "nll"}
+    assert set(plain.evaluate(model, "outer")) == {"top1", "macro_f1", "ece", "nll", "scaled_nll"}
 
 
 def test_a_model_of_other_outputs_is_refused(tree: Tree, config: dict[str, Any]) -> None:

@@ -10,7 +10,14 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import Tensor
 
 from autopeft.errors import UsageError
-from autopeft.tasks.metrics import classification_metrics, expected_calibration_error, macro_f1, mean_nll, top1
+from autopeft.tasks.metrics import (
+    classification_metrics,
+    expected_calibration_error,
+    macro_f1,
+    mean_nll,
+    scaled_nll,
+    top1,
+)
 
 
 def logits_of(probabilities: list[list[float]]) -> Tensor:
@@ -62,6 +69,26 @@ def test_nll_of_equal_logits_is_the_logarithm_of_the_classes() -> None:
     assert mean_nll(torch.zeros(5, 7), torch.arange(5)) == pytest.approx(math.log(7))
 
 
+def test_scaled_nll_of_a_margin_that_is_right_three_times_in_four() -> None:
+    # At the best temperature the softmax says 3/4, and the loss is the entropy of that, however large the margin was.
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    for margin in (0.01, 1.0, 50.0):
+        logits = torch.tensor([[margin, 0.0]] * 4)
+        assert scaled_nll(logits, torch.tensor([0, 0, 0, 1])) == pytest.approx(expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(2, 6), st.floats(0.05, 20.0))
+def test_scaled_nll_asks_what_is_known_and_not_how_surely(seed: int, n: int, classes: int, factor: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, classes, (n,), generator=generator)
+    found = scaled_nll(logits, labels)
+    # The temperature lies between 1e-4 and 1e3, so that chance is reached to about a thousandth.
+    assert found <= min(mean_nll(logits, labels), math.log(classes) + 5e-3) + 1e-9
+    assert scaled_nll(factor * logits, labels) == pytest.approx(found, abs=5e-3)
+
+
 def test_all_metrics_together() -> None:
     logits, labels = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
     assert classification_metrics(logits, labels) == {
@@ -69,6 +96,7 @@ def test_all_metrics_together() -> None:
         "macro_f1": macro_f1(logits, labels),
         "ece": expected_calibration_error(logits, labels),
         "nll": mean_nll(logits, labels),
+        "scaled_nll": scaled_nll(logits, labels),
     }
 
 
@@ -81,7 +109,7 @@ def test_all_metrics_together() -> None:
         (torch.zeros(2, 2), torch.tensor([-1, 0])),
     ],
 )
-@pytest.mark.parametrize("metric", [top1, macro_f1, expected_calibration_error, mean_nll])
+@pytest.mark.parametrize("metric", [top1, macro_f1, expected_calibration_error, mean_nll, scaled_nll])
 def test_bad_shapes_and_labels_are_refused(metric: object, logits: Tensor, labels: Tensor) -> None:
     with pytest.raises(UsageError):
         metric(logits, labels)  # type: ignore[operator]

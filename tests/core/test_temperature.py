@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from autopeft.scoring.temperature import temperature_of
+from autopeft.core.temperature import temperature_of
 
 
 def test_temperature() -> None:

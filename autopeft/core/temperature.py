@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["temperature_of"]
 
@@ -31,7 +33,7 @@ def temperature_of(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tu
     chosen = (1 - smoothing) * truth + smoothing * logits.mean(1)
     low, high, s = _FLATTEST, _SHARPEST, 1.0
     for _ in range(100):
-        p = torch.softmax(s * logits, 1)
+        p = (s * logits).softmax(1)
         mean = (p * logits).sum(1)
         slope = float((mean - chosen).mean())
         low, high = (low, s) if slope > 0 else (s, high)
@@ -40,4 +42,4 @@ def temperature_of(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tu
         previous, s = s, step if low < step < high else (low * high) ** 0.5
         if abs(s - previous) <= 1e-10 * previous:
             break
-    return 1 / s, float((torch.logsumexp(s * logits, 1) - s * truth).mean())
+    return 1 / s, float(((s * logits).logsumexp(1) - s * truth).mean())
