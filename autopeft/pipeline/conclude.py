@@ -17,14 +17,13 @@ from autopeft.pipeline.effort import Effort
 from autopeft.pipeline.events import Emit, Event
 from autopeft.pipeline.facts import budget_facts, data_facts, environment_facts, model_facts, search_facts
 from autopeft.pipeline.finish import Finalist, adapter_folder, finish
-from autopeft.pipeline.planfile import read_plan, write_plan
-from autopeft.pipeline.planning import as_plan
+from autopeft.pipeline.planfile import read_plan
 from autopeft.pipeline.prepare import Prepared
 from autopeft.pipeline.publish import publish
 from autopeft.pipeline.repack import repack, wants_repacking
 from autopeft.pipeline.runner import Runner
 from autopeft.pipeline.standings import Standings
-from autopeft.pipeline.trials import make_trial
+from autopeft.pipeline.trials import enter
 from autopeft.store.atomic import read_json
 from autopeft.store.paths import RunFolder
 
@@ -103,24 +102,17 @@ def _repacked(
     known = [t for t in searcher.finished() if t.role == "repacked" and t.digest == second.allocation.digest]
     if not known:
         entry = runner.train(second.study, second.allocation, label=second.name, first=second.first, stage="repacking")
-        number = searcher.next_number()
-        plan = run.plan(searcher.place(number))
-        write_plan(as_plan(runner.prepared, second.study, second.allocation, first=second.first), plan)
-        rewards = second.study.reward.value(entry.outcome)
-        searcher.add_finished(
-            make_trial(
-                runner.prepared,
-                run.root,
-                number,
-                second.name,
-                "repacked",
-                winner.knobs,
-                second.study,
-                second.allocation,
-                entry.outcome,
-                rewards,
-                plan,
-            )
+        enter(
+            runner,
+            searcher,
+            run,
+            second.name,
+            "repacked",
+            winner.knobs,
+            second.study,
+            second.allocation,
+            entry.outcome,
+            second.first,
         )
         known = [t for t in searcher.finished() if t.role == "repacked" and t.digest == second.allocation.digest]
     return known[-1], costs

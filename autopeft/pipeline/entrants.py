@@ -11,13 +11,11 @@ from autopeft.pipeline.costs import fixed_costs, full_training
 from autopeft.pipeline.effort import Effort
 from autopeft.pipeline.events import Event
 from autopeft.pipeline.knobs import baseline_values
-from autopeft.pipeline.planfile import write_plan
-from autopeft.pipeline.planning import as_plan
 from autopeft.pipeline.portfolio import portfolio
 from autopeft.pipeline.race import race
 from autopeft.pipeline.runner import Runner
 from autopeft.pipeline.standings import Standings
-from autopeft.pipeline.trials import make_trial
+from autopeft.pipeline.trials import enter
 from autopeft.pipeline.tune import Tuned, tune, tune_within
 from autopeft.store.atomic import write_json
 from autopeft.store.paths import RunFolder
@@ -85,24 +83,6 @@ def _run_race(
 
 
 def _tell_baseline(runner: Runner, searcher: OptunaSearcher, role: Role, tuned: Tuned, run: RunFolder) -> None:
-    allocation, outcome = tuned.candidate.allocation, tuned.outcome
     values = baseline_values(searcher.space, tuned, is_default=role == "default")
-    rewards = tuned.study.reward.value(outcome) if outcome.status == "done" else ()
-    number = searcher.next_number()
-    plan = run.plan(searcher.place(number))
-    write_plan(as_plan(runner.prepared, tuned.study, allocation), plan)
-    searcher.add_finished(
-        make_trial(
-            runner.prepared,
-            run.root,
-            number,
-            tuned.candidate.name,
-            role,
-            values,
-            tuned.study,
-            allocation,
-            outcome,
-            rewards,
-            plan,
-        )
-    )
+    candidate = tuned.candidate
+    enter(runner, searcher, run, candidate.name, role, values, tuned.study, candidate.allocation, tuned.outcome)

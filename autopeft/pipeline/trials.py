@@ -18,6 +18,7 @@ from autopeft.pipeline.costs import fixed_costs, run_cost, trained_costs
 from autopeft.pipeline.effort import Effort
 from autopeft.pipeline.events import Event
 from autopeft.pipeline.knobs import apply_knobs, relevant_space
+from autopeft.pipeline.phases import FirstPhase
 from autopeft.pipeline.plan import make_plan
 from autopeft.pipeline.planfile import write_plan
 from autopeft.pipeline.planning import as_plan
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from autopeft.pipeline.prepare import Prepared
     from autopeft.pipeline.runner import Runner
 
-__all__ = ["TrialLoop", "make_trial", "open_searcher", "study_identity"]
+__all__ = ["TrialLoop", "enter", "make_trial", "open_searcher", "study_identity"]
 
 _POLL_SECONDS = 1.0
 
@@ -277,4 +278,39 @@ def make_trial(
         rewards,
         round(epochs * study.train.data_fraction * prepared.task.sizes["inner"]),
         str(plan.relative_to(root)),
+    )
+
+
+def enter(
+    runner: Runner,
+    searcher: OptunaSearcher,
+    run: RunFolder,
+    name: str,
+    role: Role,
+    values: Mapping[str, Any],
+    study: Study,
+    allocation: Allocation,
+    outcome: Outcome,
+    first: FirstPhase | None = None,
+) -> None:
+    """Tell the study a training that it did not ask for, and write its plan.
+
+    Args:
+        runner: what it was trained by.
+        searcher: the study.
+        run: the run folder.
+        name: what a person calls it.
+        role: what it was for.
+        values: all knobs of the space.
+        study: the settings it was trained under.
+        allocation: its plan.
+        outcome: what came of it.
+        first: what was trained before it.
+    """
+    rewards = study.reward.value(outcome) if outcome.status == "done" else ()
+    number = searcher.next_number()
+    plan = run.plan(searcher.place(number))
+    write_plan(as_plan(runner.prepared, study, allocation, first=first), plan)
+    searcher.add_finished(
+        make_trial(runner.prepared, run.root, number, name, role, values, study, allocation, outcome, rewards, plan)
     )
