@@ -120,7 +120,8 @@ class SearchSettings:
         time_limit: seconds for the whole run, None for no limit.
         space: name of a search space, or path of its file.
         seeds: trainings per finalist at the end.
-        tries: learning rates per contender; every contender and our own plans get the same number.
+        tries: learning rates per contender in short runs; with more than one, the best and the next larger one are then
+            run in full. Every contender and our own plans get the same number.
         sampler: proposes the knobs of the next trial: `tpe`, `random`, `nsga2` (for fronts) or `gp` (few, full trials).
         tier: what the search may cost, in units of one full training and baselines apart: `default` (0.3: the default
             plan with the best of three learning rates), `race` (1: a race of known candidates), `search` (4: as many

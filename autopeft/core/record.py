@@ -11,9 +11,10 @@ from autopeft.core.outcome import Outcome
 
 __all__ = ["Contender", "Record", "Role", "Standing", "Trial"]
 
-Role = Literal["baseline", "default", "trial", "reference", "repacked"]
-"""`repacked` is the winner with another plan from a third of its training on. A `reference` trains more than the
-budget: it is shown, never chosen or exported, and no part of any verdict."""
+Role = Literal["baseline", "default", "trial", "reference", "full", "repacked"]
+"""`full` is the winner of short trials, trained in full at its learning rates or larger ones; `repacked` is the winner
+with another plan from a third of its training on. A `reference` trains more than the budget: it is shown, never chosen
+or exported, and no part of any verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Trial:
     Attributes:
         number: number of the trial in the study, from 0.
         name: what a person calls it: `head only`, `uniform lora (attn)`, `default plan`, `trial 12`.
-        role: `baseline`, `default` (our plan without any search), `trial`, `reference` or `repacked`.
+        role: `baseline`, `default` (our plan without any search), `trial`, `reference`, `full` or `repacked`.
         knobs: dotted path to value.
         digest: digest of the allocation.
         spent: cost in the budget's unit.

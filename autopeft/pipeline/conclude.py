@@ -18,6 +18,7 @@ from autopeft.pipeline.events import Emit, Event
 from autopeft.pipeline.facts import budget_facts, data_facts, environment_facts, model_facts, search_facts
 from autopeft.pipeline.finish import Finalist, adapter_folder, finish
 from autopeft.pipeline.planfile import read_plan
+from autopeft.pipeline.playoff import play_off
 from autopeft.pipeline.prepare import Prepared
 from autopeft.pipeline.publish import publish
 from autopeft.pipeline.repack import repack, wants_repacking
@@ -48,6 +49,8 @@ def conclude(
     if winner is None:
         reasons = "; ".join(t.outcome.reason for t in trials if t.outcome.reason)
         raise TrainingFailed(f"no plan could be trained: {reasons}")
+    if study.search.tier == "search":
+        winner = _played_off(runner, study, searcher, winner, run, effort)
     winner, repacking = _repacked(runner, study, searcher, winner, run)
     trials = searcher.finished()
     baselines = _ranked(runner, study, trials, ("baseline",))[:_BASELINES_AT_END]
@@ -84,6 +87,21 @@ def conclude(
     dataflow(prepared.model, prepared.catalog, _example(prepared), run.root / "graph")
     publish(record, run, searcher, prepared)
     return record
+
+
+def _played_off(
+    runner: Runner, study: Study, searcher: OptunaSearcher, winner: Trial, run: RunFolder, effort: Effort
+) -> Trial:
+    """The winner of the short trials at the learning rate that is best for a whole training."""
+    ran = play_off(runner, _finalist(run, study, winner), effort)
+    names = {trial.name for trial in searcher.finished() if trial.role == "full"}
+    for one, entry in ran:
+        if one.name not in names:
+            enter(runner, searcher, run, one.name, "full", winner.knobs, one.study, one.allocation, entry.outcome)
+    best, entry = ran[0]
+    if entry.outcome.status != "done":
+        return winner
+    return next(t for t in searcher.finished() if t.role == "full" and t.name == best.name)
 
 
 def _repacked(

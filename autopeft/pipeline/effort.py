@@ -145,9 +145,12 @@ def _samples(prepared: Prepared, study: Study, groups: tuple[Group, ...], effort
     inner, outer = prepared.task.sizes["inner"], prepared.task.sizes["outer"]
     runs = 0.0
     for group in groups:
-        variants = len(group.candidates) * (effort.tries or study.search.tries)
-        # A plan without adapters has no backward pass through the model.
-        weight = 0.5 if not len(group.candidates[0].allocation) else 1.0
-        runs += weight * ((variants * effort.rung if variants > 1 else 0) + effort.epochs)
+        if not len(group.candidates[0].allocation):
+            # A plan without adapters has no learning rate to tune, and no backward pass through the model.
+            runs += 0.5 * effort.epochs
+            continue
+        tries = effort.tries or study.search.tries
+        variants = len(group.candidates) * tries
+        runs += (variants * effort.rung if variants > 1 else 0) + (effort.epochs if tries == 1 else 2 * effort.epochs)
     search = (runs + study.search.trials * effort.epochs * _TRIAL_SHARE) * inner
     return effort.fraction * (search + _CONTENDERS * study.search.seeds * effort.epochs * (inner + outer))

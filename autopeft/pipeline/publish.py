@@ -34,7 +34,7 @@ def publish(record: Record, run: RunFolder, searcher: OptunaSearcher, prepared: 
     predicted = {
         t.number: sum(o["gain"] for o in read_json(run.root / t.plan)["options"])
         for t in record.trials
-        if t.role in ("default", "trial", "repacked")
+        if t.role in ("default", "trial", "full", "repacked")
     }
     sensitivity: dict[str, float] = {}
     for place, total in prepared.scores.totals.items():

@@ -16,6 +16,7 @@ from autopeft.pipeline.entrants import run_entrants
 from autopeft.pipeline.events import Emit, Event, silent
 from autopeft.pipeline.facts import environment_facts
 from autopeft.pipeline.ledger import Ledger
+from autopeft.pipeline.playoff import playoff_cost
 from autopeft.pipeline.prepare import Prepared, prepare
 from autopeft.pipeline.runner import Runner
 from autopeft.pipeline.standings import Standings
@@ -85,7 +86,10 @@ def run_search(
         searcher.reap()
         runner = Runner(prepared, Ledger(run.root / "ledger"), emit)
         allowance = None if tier is None else TIERS[tier] * full_training(prepared, effort)
-        run_entrants(runner, study, groups, effort, searcher, run, standings, allowance)
+        left = allowance
+        if allowance is not None and tier == "search":
+            left = allowance - playoff_cost(prepared, effort)
+        run_entrants(runner, study, groups, effort, searcher, run, standings, left)
         deadline = None
         if study.search.time_limit is not None:
             deadline = started + study.search.time_limit - finish_seconds(prepared, study, effort) / 0.9
@@ -95,7 +99,7 @@ def run_search(
         points = kept_points(
             run.root / "warm.json", study.search.warm_start, prepared.catalog.fingerprint, study.goals, searcher.space
         )
-        TrialLoop(runner, study, searcher, short, run, points).until(total, deadline, allowance=allowance)
+        TrialLoop(runner, study, searcher, short, run, points).until(total, deadline, allowance=left)
         return conclude(runner, study, searcher, run, effort, started, emit)
 
 

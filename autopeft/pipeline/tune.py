@@ -1,4 +1,4 @@
-"""One way to tune for every contender: the same number of learning rates, the same short runs, then one full run."""
+"""One way to tune for every contender: the same learning rates, the same short runs, the same full runs."""
 
 from __future__ import annotations
 
@@ -50,14 +50,20 @@ def learning_rate_scales(tries: int) -> tuple[float, ...]:
 
 
 def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
-    """Run every variant at every learning rate for one rung, then the best one in full.
+    """Run every variant at every learning rate for one rung, then the best one in full at its rate and a larger one.
 
     The short runs have complete schedules of their own. The best is the first in `Runner.rank` on the outer split; ties
-    go to the earlier variant.
+    go to the earlier run. What is best for a short run is too small a rate for a whole one (studies/selection), hence
+    the second full run, half a decade up; with a single try there is none. The head's rate is nobody's to tune, so a
+    plan without adapters is run once.
     """
     stage = "default" if group.role == "default" else "baselines"
     scales = learning_rate_scales(effort.tries or study.search.tries)
-    arms = [(candidate, scale) for candidate in group.candidates for scale in scales]
+    arms = [
+        (candidate, scale)
+        for candidate in group.candidates
+        for scale in (scales if len(candidate.allocation) else (1.0,))
+    ]
     best = arms[0]
     rewards: dict[str, float] = {}
     if len(arms) > 1:
@@ -73,9 +79,14 @@ def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
                 rewards[candidate.name] = pick(value, rewards.get(candidate.name, value))
         best = arms[-max(ranked)[1]]
     candidate, scale = best
-    chosen = _with(candidate.under(study), scale, effort.epochs, effort.fraction)
-    entry = runner.train(chosen, candidate.allocation, label=candidate.name, stage=stage)
-    return Tuned(candidate, chosen, scale, entry.outcome, rewards)
+    full: list[tuple[tuple[float, ...], int, Tuned]] = []
+    for factor in (1.0, _STEP) if len(scales) > 1 and len(candidate.allocation) else (1.0,):
+        chosen = _with(candidate.under(study), scale * factor, effort.epochs, effort.fraction)
+        label = candidate.name if factor == 1 else f"{candidate.name}, learning rate x{scale * factor:.2g}"
+        entry = runner.train(chosen, candidate.allocation, label=label, stage=stage)
+        tuned = Tuned(candidate, chosen, scale * factor, entry.outcome, rewards)
+        full.append((runner.rank(chosen, entry.outcome), -len(full), tuned))
+    return max(full, key=lambda run: run[:2])[2]
 
 
 def tune_within(runner: Runner, study: Study, group: Group, effort: Effort, allowance: float) -> Tuned:

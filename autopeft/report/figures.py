@@ -49,6 +49,7 @@ _ROLES = (
     ("reference", "beyond the budget", GREY, "diamond-open"),
     ("default", "default plan", "#b06bd9", "circle"),
     ("trial", "trials", _BLUE, "circle"),
+    ("full", "short trials' winner in full", _BLUE, "circle-open"),
     ("repacked", "repacked while training", _GREEN, "star"),
 )
 _MOST_NAMED = 250

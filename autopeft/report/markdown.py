@@ -116,7 +116,8 @@ def _how_compared(record: Record) -> str:
 def _standings() -> str:
     return (
         "Every contender was tuned alike: each variant at the same number of learning rates in short runs on the "
-        "outer split, then the best in full. Own searches are in units of one full training."
+        "outer split, then the best in full, at its rate and (of several) the next larger one. Own searches are in "
+        "units of one full training."
     )
 
 

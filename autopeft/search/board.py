@@ -105,7 +105,7 @@ class Board:
             return None
         with calm(self._where):
             done = [t for t in finished(self._trials()) if t.state == TrialState.COMPLETE and t.values]
-        known = [t for t in done if role_of(t) not in ("reference", "repacked")]
+        known = [t for t in done if role_of(t) not in ("reference", "full", "repacked")]
         rows = [t for t in known if all(knob.path in t.params for knob in self._space)]
         kept = [t for t in rows if not any(v > 0 for v in t.constraints.values())]
         sign = 1.0 if self._goals.directions[0] == "maximize" else -1.0

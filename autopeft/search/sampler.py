@@ -72,8 +72,8 @@ class HistorySampler(BaseSampler):
             for t in trials
             if t.number != number
             and not is_replaced(t)
-            # What more than the budget or a second phase reaches says nothing about the knobs.
-            and role_of(t) not in ("reference", "repacked")
+            # What more than the budget, a longer training or a second phase reaches says nothing about the knobs.
+            and role_of(t) not in ("reference", "full", "repacked")
             and self._complete(t.params)
             and t.state != TrialState.WAITING
         ]

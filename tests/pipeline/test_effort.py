@@ -53,9 +53,11 @@ def test_the_plan_fits_the_limit_at_the_measured_speed(monkeypatch, limit):
     monkeypatch.setattr("autopeft.pipeline.effort.measure_speed", lambda *args: 0.002)
     prepared, study = fake(limit)
     effort = plan_effort(prepared, study, groups(), 10.0)
-    # One group of two variants at two rates: four short runs and a full one; ten trials at 0.6; nine at the end.
+    # One group of two variants at two rates: four short runs and two full ones, or two and one; ten trials at 0.6; nine
+    # at the end.
     e, r, runs = effort.epochs, effort.rung, 2 * (effort.tries or 2)
-    samples = (runs * r + e + 10 * e * 0.6) * 500 + 9 * e * 900
+    full = 1 if effort.tries == 1 else 2
+    samples = (runs * r + full * e + 10 * e * 0.6) * 500 + 9 * e * 900
     assert effort.planned_seconds == pytest.approx(samples * 0.002)
     assert effort.planned_seconds <= 0.8 * (limit - 10) or effort.epochs == 2
     assert effort.tries == (1 if limit == 60.0 else None)

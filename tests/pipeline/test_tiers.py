@@ -4,10 +4,12 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from autopeft.cli.main import app
+from autopeft.config.study import Study
 from autopeft.core.codec import decode, encode
 from autopeft.core.goals import Goals
 from autopeft.core.outcome import Outcome
@@ -16,7 +18,12 @@ from autopeft.core.space import Knob, Space
 from autopeft.errors import StoreError, UsageError
 from autopeft.pipeline.costs import TIERS, full_training, run_cost
 from autopeft.pipeline.effort import Effort
+from autopeft.pipeline.finish import Finalist
+from autopeft.pipeline.ledger import Entry
+from autopeft.pipeline.planfile import read_plan
+from autopeft.pipeline.playoff import play_off, playoff_cost
 from autopeft.pipeline.race import plan_race
+from autopeft.pipeline.runner import Runner
 from autopeft.pipeline.warm import kept_points, warm_points
 
 SPACE = Space((Knob("gain.exponent", 0.2, 1.0, default=0.5), Knob("gain.depth_tilt", -2, 2, default=0)))
@@ -114,12 +121,40 @@ def test_the_tier_search(small, pictures, tmp_path):
     record = run(small, pictures, tmp_path / "search", "--tier", "search", "--epochs", "12")
     assert units(record) <= TIERS["search"]
     ours = [t for t in record.trials if t.role in ("default", "trial")]
-    assert len(ours) >= 8
+    assert len(ours) >= 4
     assert {t.fidelity for t in ours if t.outcome.status == "done"} == {4 * record.data["sizes"]["inner"]}
     assert all(t.spent <= record.budget["limit"] for t in record.trials)
     full = 12 * (record.data["sizes"]["inner"] + record.data["sizes"]["outer"])
     assert record.costs["full_training"] == full
     assert record.costs["finish"] >= full
+    # The best of them ran in full at two rates before anything was retrained, within the tier.
+    finals = [t for t in record.trials if t.role == "full"]
+    assert [t.fidelity for t in finals] == [12 * record.data["sizes"]["inner"]] * 2
+    assert len({t.digest for t in finals}) == 1
+    assert record.best == max(finals, key=lambda t: -t.outcome.metrics["scaled_nll"]).number
+    assert record.contenders[0].role == "full"
+    rates = {read_plan(tmp_path / "search" / t.plan).study["train"]["lr_scale"] for t in finals}
+    assert max(rates) / min(rates) == pytest.approx(10**0.5)
+
+
+def test_a_playoff_is_two_whole_trainings_and_its_better_one_comes_first():
+    base = Study()
+    study = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=4, lr_scale=0.5))
+    asked = []
+
+    class Stub(Runner):
+        def train(self, study, allocation, **kwargs):
+            asked.append((study.train.epochs, study.train.data_fraction, study.train.lr_scale, kwargs["stage"]))
+            losses = iter((0.4, 0.3)[len(asked) - 1 :])
+            metrics = {"top1": 0.5, "nll": 1.0, "scaled_nll": next(losses)}
+            return Entry(Outcome("done", metrics), np.zeros(0, dtype=bool), 0, "key")
+
+    ground = prepared(1000, 400)
+    short = Finalist("trial 3", 3, "trial", study, SimpleNamespace())
+    ran = play_off(Stub(ground, None, lambda event: None), short, Effort(12, 4, 0.5))
+    assert asked == [(12, 0.5, 0.5, "search"), (12, 0.5, pytest.approx(0.5 * 10**0.5), "search")]
+    assert [one.name for one, _ in ran] == ["trial 3 in full, learning rate x3.2", "trial 3 in full"]
+    assert playoff_cost(ground, Effort(12, 4, 0.5)) == 2 * (6 * 1000 + 0.5 * 400)
 
 
 def earlier(folder, fingerprint="abc", metric="top1"):
