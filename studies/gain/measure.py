@@ -6,8 +6,9 @@ ASSETS holds the files that `studies/assets/convert.py` makes. Options are drawn
 turn from bands of price and families of methods, so that prices within a band compare. Each is trained once at each
 learning rate, with the seed, the order and the head that the head alone has, and at half a decade more for as long as
 the largest rate is the best, twice at most; its gain is the decrease of the negative log-likelihood on the outer split,
-at the rate that gives the largest, in all and shard by shard of that split. The test split stays sealed. Writes one
-file per cell, `CELL.json`; trainings that the ledger holds are not repeated.
+at the rate that gives the largest, in all and shard by shard of that split. `scaled_gain` is the same at each's best
+temperature, which no mere softening of the outputs can raise. The test split stays sealed. Writes one file per cell,
+`CELL.json`; trainings that the ledger holds are not repeated.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def say(event: Event) -> None:
     print(event.text, flush=True)
 
 
-def gain(head: Entry, entry: Entry) -> float:
+def gain(head: Entry, entry: Entry, metric: str = "nll") -> float:
     """Decrease of the negative log-likelihood on the outer split."""
-    return head.outcome.metrics["nll"] - entry.outcome.metrics["nll"]
+    return head.outcome.metrics[metric] - entry.outcome.metrics[metric]
 
 
 def measured(cell: Cell, assets: Path, output: Path, count: int, seed: int) -> None:
@@ -74,6 +75,7 @@ def measured(cell: Cell, assets: Path, output: Path, count: int, seed: int) -> N
                 "role": site.role,
                 "depth": site.depth,
                 "gain": gain(head, done[best]),
+                "scaled_gain": gain(head, done[best], "scaled_nll"),
                 "top1_gain": done[best].outcome.metrics["top1"] - head.outcome.metrics["top1"],
                 "lr_scale": best,
                 "gain_by_scale": {str(s): gain(head, entry) for s, entry in done.items()},
