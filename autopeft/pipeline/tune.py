@@ -90,10 +90,11 @@ def tune(runner: Runner, study: Study, group: Group, effort: Effort) -> Tuned:
 
 
 def tune_within(runner: Runner, study: Study, group: Group, effort: Effort, allowance: float) -> Tuned:
-    """The first variant with the best of three learning rates, by short runs alone, within an allowance of passes.
+    """The first variant, by short runs alone, within an allowance of passes.
 
-    The runs have complete schedules of their own, as long as the allowance bears, and two rates or one where it bears
-    no more than an epoch each.
+    It takes the best of three learning rates, or of two, where the allowance bears a rung of each; shorter runs choose
+    too small a rate (studies/selection), so that otherwise the usual one runs alone, for as long as the allowance
+    bears. Runs have complete schedules of their own.
 
     Raises:
         UsageError: when it bears no epoch at all.
@@ -103,7 +104,7 @@ def tune_within(runner: Runner, study: Study, group: Group, effort: Effort, allo
     per_epoch, fixed = run_cost(runner.prepared, 1, effort.fraction, 0), run_cost(runner.prepared, 0, 1.0)
     for tries in (3, 2, 1):
         epochs = min(effort.epochs, int((allowance / tries - fixed) // per_epoch))
-        if epochs >= 1:
+        if epochs >= (1 if tries == 1 else effort.rung):
             break
     else:
         raise UsageError(

@@ -113,6 +113,8 @@ def test_the_tier_default(small, pictures, tmp_path):
     assert best.role == "default"
     assert not any(t.role == "trial" for t in record.trials)
     assert "race" not in record.costs
+    # No three runs of a third of a training fit into 0.3 of one, and shorter ones choose no rate.
+    assert read_plan(tmp_path / "default" / best.plan).study["train"]["lr_scale"] == 1.0
 
 
 @pytest.mark.slow
