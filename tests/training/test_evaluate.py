@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from autopeft.errors import Diverged, StoreError, UsageError
+from autopeft.tasks.metrics import scaled_nll
 from autopeft.testing.toy_task import ToyTask
 from autopeft.training.evaluate import evaluate
 
@@ -32,6 +33,7 @@ def test_figures_equal_the_predictions(insert: Callable[..., Any]) -> None:
         "macro_f1": result.macro_f1,
         "ece": result.ece,
         "nll": result.nll,
+        "scaled_nll": pytest.approx(scaled_nll(logits, labels), rel=1e-5),
     }
     assert result.split == "outer"
 

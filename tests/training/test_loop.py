@@ -317,7 +317,7 @@ def test_threads_are_set_and_put_back(insert: Insert, methods: dict[str, Any]) -
     [
         ({"max_epochs": 0}, "max_epochs must be at least 1"),
         ({"watch": None, "on_epoch": lambda e, v: False}, "on_epoch is called with a metric"),
-        ({"metric": "map50"}, "no metric 'map50'; it has ece, macro_f1, nll, top1"),
+        ({"metric": "map50"}, "no metric 'map50'; it has ece, macro_f1, nll, scaled_nll, top1"),
         ({"device": "meta"}, "lies on cpu"),
     ],
 )
