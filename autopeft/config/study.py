@@ -125,7 +125,8 @@ class SearchSettings:
         sampler: proposes the knobs of the next trial: `tpe`, `random`, `nsga2` (for fronts) or `gp` (few, full trials).
         tier: what the search may cost, in units of one full training and baselines apart: `default` (0.3: the default
             plan at the usual learning rates), `race` (1: a race of known candidates), `search` (4: as many
-            trials as that buys, of a third of a training each). None leaves it to `trials` and `time_limit`.
+            trials as that buys, of a third of a training each, and the best in full at two learning rates). None leaves
+            it to `trials` and `time_limit`.
         choose: what candidates are compared by on the outer split where the first goal is a classifier's accuracy
             (`top1`, `macro_f1`): `likelihood`, its negative log-likelihood at the best temperature, or `goal`, the
             accuracy itself, which a few hundred samples hardly tell apart. Other goals are compared by themselves.

@@ -159,10 +159,9 @@ def _winner(runner: Runner, study: Study, trials: tuple[Trial, ...]) -> Trial | 
     ranked = _ranked(runner, study, trials, ("trial", "default"))
     if not ranked:
         return None
-    if study.chosen_by != study.reward.names[0]:
+    if study.goals.mode != "pareto":
         return ranked[0]
-    goals = study.goals
-    return ranked[goals.choose([study.reward.value(t.outcome) for t in ranked])]
+    return ranked[study.goals.choose([study.reward.value(t.outcome) for t in ranked])]
 
 
 def _finalist(run: RunFolder, study: Study, trial: Trial) -> Finalist:
